@@ -1,0 +1,126 @@
+"""What a backend is: MIL text in, Program out; surfaces bound to its ports, run. The cache and the budget of compiles live here.
+
+    program = backend.compile(text)                        # counted, cached by content
+    binding = program.bind({"i00_x": sx, "o00_y": sy})     # once per set of surfaces
+    binding.run()                                          # once per use: nothing allocated, no GIL held
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from anert.capabilities import Capabilities
+from anert.errors import CompileError, ShapeError
+from anert.mil.graph import TensorType
+from anert.surface import Surface
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """A named slot of a Program, in wire shape; `nbytes` is the least that a bound surface must hold."""
+
+    name: str
+    type: TensorType
+
+    @property
+    def nbytes(self) -> int:
+        return self.type.nbytes
+
+
+@dataclass(slots=True)
+class ProgramStats:
+    """What a compiled program is made of. FLOPs count multiply-adds as 2; `executed` leaves out skipped causal tiles."""
+
+    flops_written: int = 0
+    flops_executed: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    steps: int = 0
+    arena_bytes: int = 0
+    compile_ms: float = 0.0
+    patterns: dict[str, int] = field(default_factory=dict)
+    """How often each fusion was found: `attention`, `attention_backward`, `tile`, `gemm`, ..."""
+
+
+class Binding(abc.ABC):
+    """A Program with surfaces on all its ports. One run in flight at a time; a second raises StateError."""
+
+    @abc.abstractmethod
+    def run(self) -> None: ...
+
+
+class Program(abc.ABC):
+    """A compiled MIL function."""
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    stats: ProgramStats
+
+    def bind(self, surfaces: Mapping[str, Surface]) -> Binding:
+        """Put a surface on every port. Raises ShapeError for a missing, unknown or short one."""
+        ports = {p.name: p for p in (*self.inputs, *self.outputs)}
+        for name in surfaces:
+            if name not in ports:
+                raise ShapeError(f"no port named {name!r}: this program has {', '.join(ports)}")
+        for name, port in ports.items():
+            if name not in surfaces:
+                raise ShapeError(f"port {name!r} has no surface")
+            if surfaces[name].nbytes < port.nbytes:
+                raise ShapeError(
+                    f"port {name!r} needs {port.nbytes} bytes, its surface has {surfaces[name].nbytes}"
+                )
+        return self._bind(surfaces)
+
+    @abc.abstractmethod
+    def _bind(self, surfaces: Mapping[str, Surface]) -> Binding: ...
+
+
+class Backend(abc.ABC):
+    """Compiles MIL text and hands out surfaces. `compiles` counts real compiles; identical text is compiled once."""
+
+    name: str
+    capabilities: Capabilities
+
+    def __init__(self, capabilities: Capabilities, budget: int) -> None:
+        self.capabilities = capabilities
+        self.budget = budget
+        self.compiles = 0
+        self.compile_ms = 0.0
+        self._cache: dict[str, Program] = {}
+
+    def compile(self, text: str, blobs: Mapping[str, bytes] | None = None) -> Program:
+        """The Program of this MIL text and its weight files. Raises CompileError past the budget."""
+        key = hashlib.sha256(text.encode())
+        for path in sorted(blobs or {}):
+            key.update(path.encode() + b"\0" + hashlib.sha256((blobs or {})[path]).digest())
+        digest = key.hexdigest()
+        program = self._cache.get(digest)
+        if program is not None:
+            return program
+        if self.compiles >= self.budget:
+            raise CompileError(
+                f"the compile budget of {self.budget} programs is spent on backend {self.name!r}: "
+                "weights are inputs, so a run needs each kernel once; raise the budget with --compile-budget"
+            )
+        start = time.perf_counter()
+        program = self._compile(text, blobs or {})
+        self.compiles += 1
+        program.stats.compile_ms = (time.perf_counter() - start) * 1e3
+        self.compile_ms += program.stats.compile_ms
+        self._cache[digest] = program
+        return program
+
+    @abc.abstractmethod
+    def _compile(self, text: str, blobs: Mapping[str, bytes]) -> Program: ...
+
+    @abc.abstractmethod
+    def surface(self, nbytes: int) -> Surface:
+        """A zeroed surface of at least `nbytes` that this backend's programs can be bound to."""
+
+    def close(self) -> None:
+        """Release what the backend holds; idempotent."""
+        self._cache.clear()

@@ -1,0 +1,127 @@
+"""Typed events: what a verb yields and everything else (dashboard, JSONL, tests, notebooks) reads. No prints to parse."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events; `as_dict` is the JSONL form, with the class name under `event`."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"event": type(self).__name__, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, slots=True)
+class Notice(Event):
+    """A sentence for the log. level: `info`, `warning` or `error`."""
+
+    level: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress(Event):
+    """A wait of over a second: `done` of `total` (0: unknown) `unit`s of `task`."""
+
+    task: str
+    done: float
+    total: float
+    unit: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    """Everything is compiled and loaded; the first step comes next."""
+
+    plugin: str
+    preset: str
+    config: dict[str, Any]
+    n_params: int
+    backend: str
+    precision: str
+    threads: int
+    isa: str
+    layout: str
+    kernels: int
+    compiles: int
+    compile_budget: int
+    compile_ms: float
+    dataset: str
+    train_tokens: int
+    val_tokens: int
+    tokenizer: str
+    tokens_per_step: int
+    steps: int
+    first_step: int
+    """0, or the step that a resumed run continues from."""
+    time_budget_s: float
+    out_dir: str
+    memory_bytes: int
+    """Estimate of what the run needs."""
+    peak_gflops: float
+    """Measured on this machine at this precision; 0 where it was not measured."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone(Event):
+    """One optimizer step. `ms` splits `step_ms`: data, forward, head, backward, weight_grads, optimizer, sync, dashboard."""
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    loss_scale: float
+    skipped: bool
+    tokens: int
+    step_ms: float
+    ms: dict[str, float]
+    flops: int
+    """Executed by the programs, GEMMs and head of this step."""
+    tokens_per_s: float
+    elapsed_s: float
+    eta_s: float
+    rss_bytes: int
+    compiles: int
+    amax: float = 0.0
+    """Largest magnitude on the residual stream in this step."""
+    clamped: int = 0
+    """Weights that were clamped to +-65504 when written as fp16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Validated(Event):
+    step: int
+    loss: float
+    tokens: int
+    best: bool
+    ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled(Event):
+    """A story from the model as it is now."""
+
+    step: int
+    text: str
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Saved(Event):
+    step: int
+    path: str
+    best: bool
+    ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunDone(Event):
+    """The end, however it came: `reason` is `steps`, `time`, `interrupted` or `diverged`; `summary` has design.md 11's keys."""
+
+    reason: str
+    summary: dict[str, Any]

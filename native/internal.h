@@ -1,0 +1,45 @@
+/* internal.h: what the core's C files share with each other and with nobody else. */
+#ifndef ANERT_INTERNAL_H
+#define ANERT_INTERNAL_H
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <string.h>
+
+#include "anert.h"
+
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define ROUND_UP(x, m) (((x) + (m) - 1) / (m) * (m))
+
+/* Writes status and a printf-style message into err (NULL is fine) and returns the status: one-line checks. */
+anert_status anert_fail(anert_error *err, anert_status status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+/* fp16 and bf16 scalars: the hardware's rounding, portable. */
+uint16_t anert_half(float x);
+float anert_float(uint16_t h);
+
+/* pool.c: body(arg, index, thread) for every index in [0, n), each exactly once; returns when all are done. thread is in
+ * [0, anert_pool_threads). Takes the pool's mutex: never call it from inside a body. */
+typedef void anert_body(void *arg, int64_t index, int32_t thread);
+void anert_parallel_for(anert_pool *pool, int64_t n, anert_body *body, void *arg);
+/* Per-thread scratch that grows and stays: at least nbytes, 64-byte aligned; NULL if memory was not granted. Call it for
+ * all threads before entering a parallel region. slot separates users that nest (gemm 0, tile 1, plan 2, head 3). */
+void *anert_pool_scratch(anert_pool *pool, int32_t thread, int32_t slot, size_t nbytes);
+
+/* fp16.c: row converters of one instruction set, any alignment, any n >= 0. */
+typedef struct {
+    void (*f32_to_f16)(const float *src, uint16_t *dst, size_t n);
+    void (*f16_to_f32)(const uint16_t *src, float *dst, size_t n);
+    /* dst (cols, rows) = transpose of src (rows, cols), rows and cols at most 64 */
+    void (*transpose_f32_to_f16)(const float *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
+    void (*transpose_f16_to_f32)(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols);
+} anert_fp16_kernels;
+const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa); /* isa resolved, not AUTO */
+
+/* gemm.c: the same as anert_gemm, without the pool: on the calling thread alone, with that thread's scratch, for use inside
+ * parallel bodies (attention by head). isa resolved. scratch: anert_gemm_scratch(isa, n, k) bytes. */
+size_t anert_gemm_scratch(int32_t isa, int64_t n, int64_t k);
+void anert_gemm_serial(int32_t isa, int32_t precision, int64_t m, int64_t n, int64_t k, float alpha, anert_matrix a,
+                       anert_matrix b, float beta, anert_matrix c, void *scratch);
+#endif
