@@ -190,6 +190,25 @@ class Function:
         self.outputs = list(values)
         return self
 
+    def rename(self, value: Value, name: str) -> None:
+        """Give a value another name; ShapeError if some other value has it."""
+        if name == value.name:
+            return
+        if name in self._names:
+            raise ShapeError(f"function {self.name!r} already has a value named {name!r}")
+        self._names.discard(value.name)
+        self._names.add(name)
+        value.name = name
+
+    def claim(self, name: str, value: Value) -> None:
+        """Give `value` this name; an op's output that has it now gets a fresh one. ShapeError if an input has it."""
+        for op in self.ops:
+            for v in op.outputs:
+                if v.name == name and v is not value:
+                    v.name = self.fresh(name)
+                    self._names.discard(name)
+        self.rename(value, name)
+
     def users(self) -> dict[Value, list[Op]]:
         """Which ops read each value (values that nobody reads are absent)."""
         users: dict[Value, list[Op]] = {}
@@ -233,6 +252,19 @@ class Function:
 
     def __repr__(self) -> str:
         return f"<Function {self.name}: {len(self.inputs)} inputs, {len(self.ops)} ops, {len(self.outputs)} outputs>"
+
+
+def copy_op(op: Op, into: Function, mapping: dict[Value, Value]) -> list[Value]:
+    """Append a copy of `op` to `into`, operands through `mapping`, which learns the outputs; returns them."""
+    inputs: dict[str, Operand] = {
+        k: tuple(mapping[x] for x in v) if isinstance(v, tuple) else mapping[v] for k, v in op.inputs.items()
+    }
+    outputs = into.append(op.kind, inputs, op.attrs, [o.type for o in op.outputs])
+    for old, new in zip(op.outputs, outputs, strict=True):
+        if old.name not in into._names:
+            into.rename(new, old.name)
+        mapping[old] = new
+    return outputs
 
 
 @dataclass(eq=True)
