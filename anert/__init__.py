@@ -37,7 +37,7 @@ _HOMES = {
 }
 """Public name -> the submodule that defines it; `""`: it is a submodule itself."""
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["__version__", *_HOMES]  # noqa: PLE0604 (every key is a string)
 
 
 def __getattr__(name: str) -> Any:
