@@ -112,6 +112,8 @@ class Op:
     inputs: dict[str, Operand]
     attrs: dict[str, Any]
     outputs: list[Value] = field(default_factory=list)
+    label: str = ""
+    """MIL's `name` attribute where it differs from the first output's name; not part of equality."""
 
     @property
     def out(self) -> Value:
@@ -190,6 +192,14 @@ class Function:
         self.outputs = list(values)
         return self
 
+    def rename(self, value: Value, name: str) -> None:
+        """Give `value` another name. Raises ShapeError if the name is taken."""
+        if name in self._names and name != value.name:
+            raise ShapeError(f"function {self.name!r} already has a value named {name!r}")
+        self._names.discard(value.name)
+        self._names.add(name)
+        value.name = name
+
     def users(self) -> dict[Value, list[Op]]:
         """Which ops read each value (values that nobody reads are absent)."""
         users: dict[Value, list[Op]] = {}
@@ -203,8 +213,14 @@ class Function:
 
         def attr(a: Any) -> Any:
             if isinstance(a, np.ndarray):
+                if a.dtype.kind == "f" and np.isnan(a).any():  # MIL text has one NaN: payloads do not count
+                    a = np.where(np.isnan(a), np.array(np.nan, a.dtype), a)
                 return ("ndarray", a.dtype.str, a.shape, a.tobytes())
-            return (type(a).__name__, a) if isinstance(a, (bool, int, float)) else a
+            if isinstance(a, tuple):
+                return tuple(attr(x) for x in a)
+            if isinstance(a, float):
+                return ("float", a.hex())  # equal to itself if NaN; -0.0 is not 0.0
+            return (type(a).__name__, a) if isinstance(a, (bool, int)) else a
 
         def operand(v: Operand) -> Any:
             return tuple(x.name for x in v) if isinstance(v, tuple) else v.name
