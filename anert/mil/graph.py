@@ -112,6 +112,8 @@ class Op:
     inputs: dict[str, Operand]
     attrs: dict[str, Any]
     outputs: list[Value] = field(default_factory=list)
+    label: str = ""
+    """MIL's `name` attribute where it differs from the first output's name; not part of equality."""
 
     @property
     def out(self) -> Value:
@@ -222,8 +224,14 @@ class Function:
 
         def attr(a: Any) -> Any:
             if isinstance(a, np.ndarray):
+                if a.dtype.kind == "f" and np.isnan(a).any():  # MIL text has one NaN: payloads do not count
+                    a = np.where(np.isnan(a), np.array(np.nan, a.dtype), a)
                 return ("ndarray", a.dtype.str, a.shape, a.tobytes())
-            return (type(a).__name__, a) if isinstance(a, (bool, int, float)) else a
+            if isinstance(a, tuple):
+                return tuple(attr(x) for x in a)
+            if isinstance(a, float):
+                return ("float", a.hex())  # equal to itself if NaN; -0.0 is not 0.0
+            return (type(a).__name__, a) if isinstance(a, (bool, int)) else a
 
         def operand(v: Operand) -> Any:
             return tuple(x.name for x in v) if isinstance(v, tuple) else v.name
