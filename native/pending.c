@@ -18,18 +18,3 @@ PENDING(anert_head_logits, anert_pool *pool, const anert_head_args *args, const 
         anert_error *err) { REFUSE; }
 __attribute__((weak)) size_t anert_head_scratch(int64_t vocab, int64_t dim, int64_t n, int32_t threads) { return 0; }
 __attribute__((weak)) size_t anert_gemm_scratch(int32_t isa, int64_t n, int64_t k) { return 64; }
-
-PENDING(anert_adamw, anert_pool *pool, float *master, float *m, float *v, const float *grad, int64_t rows, int64_t cols,
-        anert_adamw_args args, const anert_placement *placements, int32_t n_placements, uint64_t *clamped,
-        anert_error *err) { REFUSE; }
-PENDING(anert_lion, anert_pool *pool, float *master, float *m, const float *grad, int64_t rows, int64_t cols,
-        anert_adamw_args args, const anert_placement *placements, int32_t n_placements, uint64_t *clamped,
-        anert_error *err) { REFUSE; }
-PENDING(anert_param_sync, anert_pool *pool, const float *master, int64_t rows, int64_t cols, const anert_placement *placements,
-        int32_t n_placements, uint64_t *clamped, anert_error *err) { REFUSE; }
-PENDING(anert_sum_squares, anert_pool *pool, const float *x, size_t n, double *out, int32_t *finite, anert_error *err) { REFUSE; }
-PENDING(anert_f16_amax, anert_pool *pool, const uint16_t *x, size_t n, float *amax, int32_t *finite, anert_error *err) { REFUSE; }
-PENDING(anert_rowsum, anert_pool *pool, float alpha, const uint16_t *tap, int64_t tap_stride, const uint16_t *cot,
-        int64_t cot_stride, int64_t c, int64_t n, float *dw, anert_error *err) { REFUSE; }
-PENDING(anert_accumulate, anert_pool *pool, float alpha, const uint16_t *cot, int64_t row_stride, int64_t col_stride,
-        int64_t rows, int64_t cols, float *dw, anert_error *err) { REFUSE; }
