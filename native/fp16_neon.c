@@ -64,10 +64,10 @@ static inline void transpose_8x8(uint16x8_t x[8]) {
 }
 
 static void down_block_neon(const float *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols) {
-    size_t r = 0;
-    for (; r + 8 <= rows; r += 8) {
-        size_t c = 0;
-        for (; c + 8 <= cols; c += 8) {
+    size_t c = 0;
+    for (; c + 8 <= cols; c += 8) { /* down the rows: fills whole cache lines of dst, whose stride may alias */
+        size_t r = 0;
+        for (; r + 8 <= rows; r += 8) {
             uint16x8_t x[8];
             for (size_t k = 0; k < 8; k++)
                 x[k] = load_down(src + (r + k) * ss + c);
@@ -75,16 +75,16 @@ static void down_block_neon(const float *src, size_t ss, uint16_t *dst, size_t d
             for (size_t k = 0; k < 8; k++)
                 vst1q_u16(dst + (c + k) * ds + r, x[k]);
         }
-        anert_fp16_down_block(src + r * ss + c, ss, dst + c * ds + r, ds, 8, cols - c);
+        anert_fp16_down_block(src + r * ss + c, ss, dst + c * ds + r, ds, rows - r, 8);
     }
-    anert_fp16_down_block(src + r * ss, ss, dst + r, ds, rows - r, cols);
+    anert_fp16_down_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
 }
 
 static void up_block_neon(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols) {
-    size_t r = 0;
-    for (; r + 8 <= rows; r += 8) {
-        size_t c = 0;
-        for (; c + 8 <= cols; c += 8) {
+    size_t c = 0;
+    for (; c + 8 <= cols; c += 8) { /* down the rows: fills whole cache lines of dst, whose stride may alias */
+        size_t r = 0;
+        for (; r + 8 <= rows; r += 8) {
             uint16x8_t x[8];
             for (size_t k = 0; k < 8; k++)
                 x[k] = vld1q_u16(src + (r + k) * ss + c);
@@ -92,9 +92,9 @@ static void up_block_neon(const uint16_t *src, size_t ss, float *dst, size_t ds,
             for (size_t k = 0; k < 8; k++)
                 store_up(dst + (c + k) * ds + r, x[k]);
         }
-        anert_fp16_up_block(src + r * ss + c, ss, dst + c * ds + r, ds, 8, cols - c);
+        anert_fp16_up_block(src + r * ss + c, ss, dst + c * ds + r, ds, rows - r, 8);
     }
-    anert_fp16_up_block(src + r * ss, ss, dst + r, ds, rows - r, cols);
+    anert_fp16_up_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
 }
 
 static size_t count_neon(const float *src, size_t n) { return anert_count_past(src, n); }

@@ -42,10 +42,10 @@ AVX2 static inline void transpose_8x8(__m128i x[8]) {
 }
 
 AVX2 static void down_block_avx2(const float *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols) {
-    size_t r = 0;
-    for (; r + 8 <= rows; r += 8) {
-        size_t c = 0;
-        for (; c + 8 <= cols; c += 8) {
+    size_t c = 0;
+    for (; c + 8 <= cols; c += 8) { /* down the rows: fills whole cache lines of dst, whose stride may alias */
+        size_t r = 0;
+        for (; r + 8 <= rows; r += 8) {
             __m128i x[8];
             for (size_t k = 0; k < 8; k++)
                 x[k] = _mm256_cvtps_ph(_mm256_loadu_ps(src + (r + k) * ss + c), _MM_FROUND_TO_NEAREST_INT);
@@ -53,16 +53,16 @@ AVX2 static void down_block_avx2(const float *src, size_t ss, uint16_t *dst, siz
             for (size_t k = 0; k < 8; k++)
                 _mm_storeu_si128((__m128i *)(dst + (c + k) * ds + r), x[k]);
         }
-        anert_fp16_down_block(src + r * ss + c, ss, dst + c * ds + r, ds, 8, cols - c);
+        anert_fp16_down_block(src + r * ss + c, ss, dst + c * ds + r, ds, rows - r, 8);
     }
-    anert_fp16_down_block(src + r * ss, ss, dst + r, ds, rows - r, cols);
+    anert_fp16_down_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
 }
 
 AVX2 static void up_block_avx2(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols) {
-    size_t r = 0;
-    for (; r + 8 <= rows; r += 8) {
-        size_t c = 0;
-        for (; c + 8 <= cols; c += 8) {
+    size_t c = 0;
+    for (; c + 8 <= cols; c += 8) { /* down the rows: fills whole cache lines of dst, whose stride may alias */
+        size_t r = 0;
+        for (; r + 8 <= rows; r += 8) {
             __m128i x[8];
             for (size_t k = 0; k < 8; k++)
                 x[k] = _mm_loadu_si128((const __m128i *)(src + (r + k) * ss + c));
@@ -70,9 +70,9 @@ AVX2 static void up_block_avx2(const uint16_t *src, size_t ss, float *dst, size_
             for (size_t k = 0; k < 8; k++)
                 _mm256_storeu_ps(dst + (c + k) * ds + r, _mm256_cvtph_ps(x[k]));
         }
-        anert_fp16_up_block(src + r * ss + c, ss, dst + c * ds + r, ds, 8, cols - c);
+        anert_fp16_up_block(src + r * ss + c, ss, dst + c * ds + r, ds, rows - r, 8);
     }
-    anert_fp16_up_block(src + r * ss, ss, dst + r, ds, rows - r, cols);
+    anert_fp16_up_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
 }
 
 AVX2 static size_t count_avx2(const float *src, size_t n) { return anert_count_past(src, n); }

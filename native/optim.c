@@ -81,16 +81,11 @@ LOOP void axpy_loop(float alpha, const float *restrict x, float *restrict y, siz
         y[i] += alpha * x[i];
 }
 
-/* Largest magnitude bits, NaN aside; *past becomes the largest of all: over 0x7bff is inf or NaN. */
-LOOP uint16_t amax_loop(const uint16_t *x, size_t n, uint16_t *past) {
-    uint16_t most = 0, any = 0;
-    for (size_t i = 0; i < n; i++) {
-        uint16_t magnitude = x[i] & 0x7fff;
-        uint16_t number = magnitude > 0x7c00 ? 0 : magnitude;
-        most = MAX(most, number);
-        any = MAX(any, magnitude);
-    }
-    *past = any;
+/* Largest magnitude bits: 0x7c00 is inf, more is NaN. */
+LOOP uint16_t amax_loop(const uint16_t *x, size_t n) {
+    uint16_t most = 0;
+    for (size_t i = 0; i < n; i++)
+        most = MAX(most, (uint16_t)(x[i] & 0x7fff));
     return most;
 }
 
@@ -101,7 +96,7 @@ typedef struct {
     float (*products)(const float *a, const float *b, size_t n);
     float (*sum)(const float *a, size_t n);
     void (*axpy)(float alpha, const float *x, float *y, size_t n);
-    uint16_t (*amax)(const uint16_t *x, size_t n, uint16_t *past);
+    uint16_t (*amax)(const uint16_t *x, size_t n);
 } loops;
 
 #define COMPILE_LOOPS(isa, target)                                                                                     \
@@ -115,7 +110,7 @@ typedef struct {
     target static float products_##isa(const float *a, const float *b, size_t n) { return products_loop(a, b, n); }    \
     target static float sum_##isa(const float *a, size_t n) { return products_loop(a, NULL, n); }                      \
     target static void axpy_##isa(float alpha, const float *x, float *y, size_t n) { axpy_loop(alpha, x, y, n); }      \
-    target static uint16_t amax_##isa(const uint16_t *x, size_t n, uint16_t *past) { return amax_loop(x, n, past); }   \
+    target static uint16_t amax_##isa(const uint16_t *x, size_t n) { return amax_loop(x, n); }                         \
     static const loops loops_##isa = {adamw_##isa, lion_##isa, squares_##isa, products_##isa,                          \
                                       sum_##isa,   axpy_##isa, amax_##isa};
 
@@ -175,27 +170,31 @@ static void place_anywhere(const pass *job, const float *from, anert_placement t
         }
 }
 
-static void place_transposed(const pass *job, const float *from, anert_placement to, int64_t rows, int64_t cols) {
-    for (int64_t r = 0; r < rows; r += BLOCK)
-        for (int64_t c = 0; c < cols; c += BLOCK)
-            anert_fp16_clamp_block(job->fp16, from + r * job->cols + c, (size_t)job->cols,
-                                   to.base + r + c * to.col_stride, (size_t)to.col_stride,
-                                   (size_t)MIN(rows - r, (int64_t)BLOCK), (size_t)MIN(cols - c, (int64_t)BLOCK));
+static void place_transposed(const pass *job, const float *from, anert_placement to, int64_t rows, int64_t cols,
+                             bool clamp) {
+    size_t ss = (size_t)job->cols, ds = (size_t)to.col_stride;
+    for (int64_t c = 0; c < cols; c += BLOCK) {
+        size_t n = (size_t)MIN(cols - c, (int64_t)BLOCK);
+        if (clamp)
+            anert_fp16_clamp_block(job->fp16, from + c, ss, to.base + c * to.col_stride, ds, (size_t)rows, n);
+        else
+            job->fp16->transpose_f32_to_f16(from + c, ss, to.base + c * to.col_stride, ds, (size_t)rows, n);
+    }
 }
 
 static bool is_straight(anert_placement to) { return to.col_stride == 1 && to.broadcast == 1; }
 static bool is_transposed(anert_placement to) { return to.row_stride == 1 && to.broadcast == 1; }
 
-/* Writes the tile of master at (row, col) to every placement. */
-static void place_tile(pass *job, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+/* Writes the tile of master at (row, col), at most BLOCK rows, to the placements that are not straight. */
+static void place_tile(const pass *job, int64_t row, int64_t col, int64_t rows, int64_t cols, bool clamp) {
     const float *from = job->master + row * job->cols + col;
     for (int32_t i = 0; i < job->n_placements; i++) {
         anert_placement to = placement_of(job, i);
         to.base += row * to.row_stride + col * to.col_stride;
         if (is_straight(to))
-            continue; /* written row by row, while the row is in cache */
+            continue; /* place_row wrote it while the row was in cache */
         if (is_transposed(to))
-            place_transposed(job, from, to, rows, cols);
+            place_transposed(job, from, to, rows, cols, clamp);
         else
             place_anywhere(job, from, to, rows, cols);
     }
@@ -232,7 +231,7 @@ static void run_tile(void *arg, int64_t index, int32_t thread) {
             if (job->n_placements > 0)
                 past += place_row(job, r, c, n);
         }
-    place_tile(job, row, col, rows, cols);
+    place_tile(job, row, col, rows, cols, past > 0);
     if (past > 0)
         job->clamped += past;
 }
@@ -421,9 +420,16 @@ static void raise_to(_Atomic uint32_t *held, uint32_t value) {
 static void amax_chunk(void *arg, int64_t index, int32_t thread) {
     amax *job = arg;
     size_t at = (size_t)index * CHUNK;
-    uint16_t past;
+    size_t n = MIN(job->n - at, (size_t)CHUNK);
+    uint16_t past = job->loops->amax(job->x + at, n), most = past;
     (void)thread;
-    raise_to(&job->most, job->loops->amax(job->x + at, MIN(job->n - at, (size_t)CHUNK), &past));
+    if (past > 0x7c00) { /* NaN is not counted */
+        most = 0;
+        for (size_t i = at; i < at + n; i++)
+            if ((job->x[i] & 0x7fff) <= 0x7c00)
+                most = MAX(most, (uint16_t)(job->x[i] & 0x7fff));
+    }
+    raise_to(&job->most, most);
     raise_to(&job->past, past);
 }
 
