@@ -137,7 +137,9 @@ def read(path: Path | str, mmap: bool = True, tables: bool = False) -> tuple[Lla
     (RoPE over adjacent pairs). Raises InputError.
     """
     config = read_config(path)
-    data = np.memmap(path, np.float32, "r", offset=HEADER.size) if mmap else np.fromfile(path, "<f4", offset=HEADER.size)
+    data = (
+        np.memmap(path, np.float32, "r", offset=HEADER.size) if mmap else np.fromfile(path, "<f4", offset=HEADER.size)
+    )
     tensors: Tensors = {}
     at = 0
     for name, shape in layout(config):
@@ -164,8 +166,7 @@ def write(path: Path | str, config: LlamaConfig, tensors: Mapping[str, NDArray[A
     try:
         with open(temporary, "wb") as f:
             f.write(HEADER.pack(c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocab, c.seq_len))
-            for name, _ in layout(config):
-                f.write(np.ascontiguousarray(tensors[name], "<f4").data)
+            f.writelines(np.ascontiguousarray(tensors[name], "<f4").data for name, _ in layout(config))
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
