@@ -63,9 +63,9 @@ def _typed(pieces: list[str], scores: list[float], name: str) -> Pieces:
 def write_bin(model: Pieces) -> bytes:
     """Pieces -> tokenizer.bin, byte for byte what llama2.c's exporter writes."""
     texts = [p.encode() for p in model.pieces]
-    for i, text in ((model.bos_id, "<s>"), (model.eos_id, "</s>")):
-        if 0 <= i < len(texts):
-            texts[i] = f"\n{text}\n".encode()
+    for i, special in ((model.bos_id, b"<s>"), (model.eos_id, b"</s>")):
+        if i >= 0:
+            texts[i] = b"\n" + special + b"\n"
     out = [struct.pack("<I", max(map(len, texts)))]
     for score, text in zip(model.scores, texts, strict=True):
         out.append(struct.pack("<fi", score, len(text)) + text)
@@ -74,24 +74,28 @@ def write_bin(model: Pieces) -> bytes:
 
 def read_model(data: bytes, name: str) -> Pieces:
     """SentencePiece .model -> Pieces. Raises InputError for what is no BPE model with identity normalization."""
+    try:
+        return _read_model(data, name)
+    except (ValueError, TypeError, struct.error):
+        raise InputError(f"{name}: truncated or damaged SentencePiece model: get the file again") from None
+
+
+def _read_model(data: bytes, name: str) -> Pieces:
     pieces: list[str] = []
     scores: list[float] = []
     types: list[int] = []
     trainer: dict[int, Field] = {}
     normalizer: dict[int, Field] = {}
-    try:
-        for number, value in _fields(data):
-            if number == 1:  # repeated SentencePiece {piece = 1, score = 2, type = 3}
-                fields = dict(_fields(_message(value)))
-                pieces.append(_text(_message(fields.get(1, b"")), name, len(pieces)))
-                scores.append(struct.unpack("<f", _message(fields.get(2, bytes(4))))[0])
-                types.append(_integer(fields.get(3), NORMAL))
-            elif number == 2:
-                trainer.update(_fields(_message(value)))
-            elif number == 3:
-                normalizer.update(_fields(_message(value)))
-    except (ValueError, TypeError, struct.error):
-        raise InputError(f"{name}: truncated or damaged SentencePiece model: get the file again") from None
+    for number, value in _fields(data):
+        if number == 1:  # repeated SentencePiece {piece = 1, score = 2, type = 3}
+            fields = dict(_fields(_message(value)))
+            pieces.append(_text(_message(fields.get(1, b"")), name, len(pieces)))
+            scores.append(struct.unpack("<f", _message(fields.get(2, bytes(4))))[0])
+            types.append(_integer(fields.get(3), NORMAL))
+        elif number == 2:
+            trainer.update(_fields(_message(value)))
+        elif number == 3:
+            normalizer.update(_fields(_message(value)))
     if not pieces:
         raise InputError(f"{name}: a SentencePiece model without pieces")
     _require_plain_bpe(trainer, normalizer, types, name)
