@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from anert.errors import InputError as InputError
     from anert.errors import PluginError as PluginError
     from anert.model import Decoder as Decoder
-    from anert.model import Model as Model
-    from anert.model import Spec as Spec
+    from anert.optim import Optimizer as Optimizer
+    from anert.param import Spec as Spec
     from anert.plugin import Plugin as Plugin
     from anert.runtime import open_runtime as open_runtime
     from anert.train import TrainOptions as TrainOptions
@@ -27,10 +27,10 @@ _HOMES = {
     "AnertError": "errors",
     "Decoder": "model",
     "InputError": "errors",
-    "Model": "model",
+    "Optimizer": "optim",
     "Plugin": "plugin",
     "PluginError": "errors",
-    "Spec": "model",
+    "Spec": "param",
     "TrainOptions": "train",
     "nn": "",
     "open_runtime": "runtime",

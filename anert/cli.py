@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -46,9 +46,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists what there is)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        from anert.options import normalized
-
-        found, unknown = self.parse_known_args(normalized(argv))
+        found, unknown = self.parse_known_args(_normalized(argv))
         if unknown:
             from anert.plugin import suggest
 
@@ -57,6 +55,19 @@ class Parser(argparse.ArgumentParser):
             near = suggest(name, flags) if name.startswith("--") else "an option starts with --"
             self.error(f"no option {unknown[0]!r}: {near if near.startswith(('did', 'an')) else 'none is near'}")
         return found
+
+
+def _normalized(argv: Iterable[str]) -> list[str]:
+    """`--grad_accum=4` as `--grad-accum=4`: both spellings of every flag; what follows `--` stays."""
+    out: list[str] = []
+    rest = False
+    for word in argv:
+        rest = rest or word == "--"
+        if word.startswith("--") and not rest:
+            name, equals, value = word.partition("=")
+            word = name.replace("_", "-") + equals + value
+        out.append(word)
+    return out
 
 
 def entry() -> NoReturn:

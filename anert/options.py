@@ -215,16 +215,3 @@ def _checked(options: TrainOptions) -> TrainOptions:
             span = f"at least {low}" if high == math.inf else f"in [{low}, {high:g})"
             raise InputError(f"{flag(f.name)}: expected a number {span}, got {value}")
     return options
-
-
-def normalized(argv: Iterable[str]) -> list[str]:
-    """`--grad_accum=4` as `--grad-accum=4`: both spellings of every flag; what follows `--` stays."""
-    out: list[str] = []
-    rest = False
-    for word in argv:
-        rest = rest or word == "--"
-        if word.startswith("--") and not rest:
-            name, equals, value = word.partition("=")
-            word = name.replace("_", "-") + equals + value
-        out.append(word)
-    return out

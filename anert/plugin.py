@@ -19,11 +19,13 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from anert.errors import PluginError
+
+if TYPE_CHECKING:
+    from importlib import metadata
 
 API = 1
 GROUP = "anert.plugins"
@@ -238,6 +240,8 @@ def load_entry(entry: metadata.EntryPoint) -> Plugin:
 
 def installed() -> list[metadata.EntryPoint]:
     """Entry points of the group `anert.plugins`, by name; none is imported."""
+    from importlib import metadata
+
     return sorted(metadata.entry_points(group=GROUP), key=lambda e: e.name)
 
 
