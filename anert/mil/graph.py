@@ -173,14 +173,16 @@ class Function:
 
     def append(
         self, kind: str, inputs: dict[str, Operand], attrs: dict[str, Any], types: Sequence[TensorType],
-        name: str | None = None,
+        name: str | Sequence[str] | None = None,
     ) -> list[Value]:  # fmt: skip
-        """Add an op whose output types are already inferred. Callers go through `anert.mil.ops.emit`."""
+        """Add an op whose output types are already inferred. Callers go through `anert.mil.ops.emit`.
+        `name` is a hint for all outputs, or one name for each."""
         op = Op(kind, dict(inputs), dict(attrs))
         for v in op.operands():
             if v.function is not self:
                 raise ShapeError(f"{kind}: operand {v.name!r} belongs to another function")
-        op.outputs = [Value(t, self.fresh(name or kind), op, self) for t in types]
+        hints = [name or kind] * len(types) if isinstance(name, str | None) or len(name) != len(types) else name
+        op.outputs = [Value(t, self.fresh(hint), op, self) for t, hint in zip(types, hints, strict=True)]
         self.ops.append(op)
         return op.outputs
 
@@ -191,14 +193,6 @@ class Function:
                 raise ShapeError(f"output {v.name!r} belongs to another function")
         self.outputs = list(values)
         return self
-
-    def rename(self, value: Value, name: str) -> None:
-        """Give `value` another name. Raises ShapeError if the name is taken."""
-        if name in self._names and name != value.name:
-            raise ShapeError(f"function {self.name!r} already has a value named {name!r}")
-        self._names.discard(value.name)
-        self._names.add(name)
-        value.name = name
 
     def users(self) -> dict[Value, list[Op]]:
         """Which ops read each value (values that nobody reads are absent)."""
