@@ -112,7 +112,7 @@ def open_data(plugin: Plugin, preset: Preset, config: Any, options: TrainOptions
     cache = out / "data"
     if options.data:
         source = Path(options.data)
-        data.require_source(source)
+        data.sniff(source)  # refuse a missing or unreadable file before anything is made
     else:
         source = yield from _own_corpus(plugin, preset, options, cache)
     tokenizer_path = Path(options.tokenizer) if options.tokenizer else weights.tokenizer
@@ -131,8 +131,10 @@ def open_data(plugin: Plugin, preset: Preset, config: Any, options: TrainOptions
         )
     dataset = yield from waited(
         "tokenize", "B",
-        lambda progress: data.prepare(source, tokenizer, cache, config.seq_len, options.val, progress),
+        lambda progress: data.prepare(source, tokenizer, cache, config.seq_len, options.val, config.vocab_size, progress),
     )  # fmt: skip
+    if dataset.note:
+        yield Notice("warning", dataset.note)
     name = tokenizer_path.name if tokenizer_path else "trained here"
     return Data(dataset, tokenizer, f"{tokenizer.kind} {tokenizer.vocab_size} ({name})", source.name, config)
 
@@ -161,11 +163,11 @@ def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Iterator[Event
 
     path = cache / "tokenizer.json"
     if not path.exists():
-        if data.is_tokens(source):
+        if data.sniff(source) != "text":
             raise InputError(f"{source} holds tokens, not text: pass the --tokenizer FILE that made it")
 
         def learn(progress: Callable[[float, float], None]) -> Any:
-            return ByteBPETokenizer.train(data.read_documents(source), vocab_size, progress=progress)
+            return ByteBPETokenizer.train(data.documents(source), vocab_size, progress=progress)
 
         tokenizer = yield from waited("train tokenizer", "merges", learn)
         cache.mkdir(parents=True, exist_ok=True)

@@ -327,7 +327,7 @@ class Trainer:
         """Mean loss over the fixed validation windows; the best one so far is saved as `best`."""
         start = time.perf_counter()
         total, count = 0.0, 0
-        for tokens, targets in self.data.dataset.val_batches(self.options.batch, self.options.eval_tokens):
+        for tokens, targets in self.data.dataset.val_windows(self.options.batch, self.options.eval_tokens):
             loss, n = self.net.loss(tokens, targets)
             total, count = total + loss * n, count + n
         if not count:

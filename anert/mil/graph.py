@@ -173,14 +173,16 @@ class Function:
 
     def append(
         self, kind: str, inputs: dict[str, Operand], attrs: dict[str, Any], types: Sequence[TensorType],
-        name: str | None = None,
+        name: str | Sequence[str] | None = None,
     ) -> list[Value]:  # fmt: skip
-        """Add an op whose output types are already inferred. Callers go through `anert.mil.ops.emit`."""
+        """Add an op whose output types are already inferred. Callers go through `anert.mil.ops.emit`.
+        `name` is a hint for all outputs, or one name for each."""
         op = Op(kind, dict(inputs), dict(attrs))
         for v in op.operands():
             if v.function is not self:
                 raise ShapeError(f"{kind}: operand {v.name!r} belongs to another function")
-        op.outputs = [Value(t, self.fresh(name or kind), op, self) for t in types]
+        hints = [name or kind] * len(types) if isinstance(name, str | None) or len(name) != len(types) else name
+        op.outputs = [Value(t, self.fresh(hint), op, self) for t, hint in zip(types, hints, strict=True)]
         self.ops.append(op)
         return op.outputs
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from anert.errors import ShapeError, UnsupportedError
-from anert.mil.graph import DTYPES, Function, Op, Operand, TensorType, Value
+from anert.mil.graph import Function, Op, Operand, TensorType, Value
 
 REQUIRED: Any = object()
 """Default of an argument that must be given."""
@@ -29,7 +29,6 @@ class Arg:
     kind `tensor`: a Value (`optional` if default is None). kind `tensors`: a tuple of Values (MIL's `values=(a, b)`).
     kind `attr`: a compile-time constant, kept as a Python value; `type` is its MIL type as printed: `int32`, `bool`,
     `string`, `fp`  (the dtype of the op's first tensor operand), or with `[]` behind it for a rank-1 tensor: `int32[]`.
-    `emit` makes the value of that type: an `fp` is rounded to the dtype, so the graph holds what the text says.
     """
 
     name: str
@@ -105,35 +104,6 @@ def normalise(value: Any) -> Any:
     return value
 
 
-def coerce(kind: str, arg: Arg, value: Any, dtype: str) -> Any:
-    """`value` as an attribute of `arg`'s type; `dtype` stands for `fp`. Raises ShapeError with what was expected."""
-    if value is None and arg.default is None:
-        return None
-    if arg.type.endswith("[]"):
-        if not isinstance(value, tuple):
-            raise ShapeError(f"{kind}: argument {arg.name!r} must be a list of {arg.type[:-2]}, got {value!r}")
-        element = Arg(arg.name, "attr", arg.type[:-2])
-        return tuple(coerce(kind, element, v, dtype) for v in value)
-    base = dtype if arg.type == "fp" else arg.type
-    if base == "string":
-        fits = isinstance(value, str)
-    elif base == "bool":
-        fits = isinstance(value, bool)
-    elif base in DTYPES and DTYPES[base].kind == "f":
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if fits:
-            with np.errstate(over="ignore"):  # beyond the dtype's range is an infinity, as in C
-                return float(np.asarray(value, DTYPES[base]))
-    elif base in DTYPES:
-        info = np.iinfo(DTYPES[base])
-        fits = isinstance(value, int) and not isinstance(value, bool) and info.min <= value <= info.max
-    else:
-        return value
-    if not fits:
-        raise ShapeError(f"{kind}: argument {arg.name!r} must be of type {base}, got {value!r}")
-    return value
-
-
 def emit(kind: str, inputs: Mapping[str, Operand | None], attrs: Mapping[str, Any] | None = None,
          name: str | None = None, function: Function | None = None) -> list[Value]:  # fmt: skip
     """Check the arguments of an op against its row, infer its types, append it; returns its outputs.
@@ -164,8 +134,6 @@ def emit(kind: str, inputs: Mapping[str, Operand | None], attrs: Mapping[str, An
     if fn is None:
         raise ShapeError(f"{kind} has no operand: pass function=")
     ordered = {a.name: given[a.name] for a in row.args if a.name in given}
-    first = next((v for v in ordered.values()), None)
-    dtype = "fp16" if not first else (first[0] if isinstance(first, tuple) else first).dtype
-    attributes = {a.name: coerce(kind, a, attributes[a.name], dtype) for a in row.args if a.kind == "attr"}
+    attributes = {a.name: attributes[a.name] for a in row.args if a.kind == "attr"}
     types = row.infer(types_of(ordered), attributes)
     return fn.append(kind, ordered, attributes, types, name)
