@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from anert.data.dataset import Batch, TokenDataset, TrainBatches
-from anert.data.text import END_OF_TEXT, Progress, detect_split, document_pieces, documents, read_blocks
+from anert.data.text import END_OF_TEXT, Progress, detect_split, document_pieces, read_blocks, read_documents
 from anert.data.token_file import TokenFile, TokenWriter, open_tokens, sniff
 from anert.errors import InputError
 from anert.tokenizer import Tokenizer
@@ -19,12 +19,24 @@ __all__ = [
     "TokenFile",
     "TokenWriter",
     "TrainBatches",
-    "documents",
     "open_tokens",
+    "is_tokens",
     "prepare",
+    "read_documents",
+    "require_source",
     "sniff",
     "tokenize_file",
 ]
+
+
+def require_source(path: Path | str) -> None:
+    """Raises InputError, with the reason, unless this is a text or token file that can be trained on."""
+    sniff(path)
+
+
+def is_tokens(path: Path | str) -> bool:
+    """Whether a file holds token ids and not text. Raises InputError as `require_source`."""
+    return sniff(path) != "text"
 
 
 def tokenize_file(
@@ -101,7 +113,7 @@ def _tokens_of(
 ) -> Path:
     """A token file as it is; of a text the tokens in the cache, made now if need be."""
     path = Path(str(path))
-    if sniff(path) != "text":
+    if is_tokens(path):
         return path
     if tokenizer is None:
         raise InputError(f"{path}: text needs a tokenizer: give one with --tokenizer")
