@@ -13,7 +13,7 @@ import numpy as np
 from anert.capabilities import Capabilities
 from anert.errors import ShapeError, Unpackable
 from anert.mil import ops
-from anert.mil.blob import BlobWriter
+from anert.mil.blob import BlobDirectory
 from anert.mil.graph import Function, Value
 from anert.mil.legalize import Legalizer, shape4
 from anert.mil.text import print_module
@@ -210,8 +210,7 @@ def build(stage: Stage, role: dict[str, str], layout: str, caps: Capabilities, n
     for op in stage.function.ops:
         wire.legal.copy(op)
     wire.results(layout == "packed")
-    blobs = BlobWriter()
-    text = print_module(wire.fn, blobs=blobs, threshold=LARGE_CONST)
+    blobs = BlobDirectory()  # one file a constant: M1 refuses several in one (ane_facts 1.7)
+    text = print_module(wire.fn, blobs=blobs, blob_threshold=LARGE_CONST)
     sizes = {v.name: v.type.nbytes for v in (*wire.fn.inputs, *wire.fn.outputs)}
-    data = blobs.bytes()
-    return Kernel(name, text, {blobs.path: data} if len(blobs) else {}, wire.inputs, wire.outputs, sizes)
+    return Kernel(name, text, blobs.files(), wire.inputs, wire.outputs, sizes)
