@@ -68,8 +68,8 @@ class Stories(Decoder):
         }
 
 # ---- The corpus: children's stories from a grammar. A line is a sentence of the story; ` / `, also at the start of a
-# line, is another way to say it; {slot} is filled in, [a|b] is a choice. A is the hero, B the friend. They, the thing and
-# the places stay the same through a story.
+# line, is another way to say it; {slot} is filled in, [a|b] is a choice. A is the hero, B the friend. They, the thing
+# and the places stay the same through a story.
 
 NAMES = {
     "he": "Tom Ben Max Sam Leo Finn Oscar Jack Theo Hugo Milo Otis Jasper Felix Rufus Barnaby",
@@ -128,7 +128,7 @@ One {weather} {when}, {A} {went} to {place}. / On a {weather} {when}, {he} {went
 """
 ENDING = """
 {A} learned that [a good friend is worth more than gold|it is brave to ask for help|kind words make hard days easy].
-/ And so {A} knew that [sharing makes all things sweeter|even a small friend can be a great help|nobody has to be alone].
+/ And so {A} knew that [sharing makes all things sweet|even a small friend can be a great help|nobody has to be alone].
 / {He} never forgot how [kind|good|patient] {B} had been.
 From that day on, {A} and {B} were the best of friends.
 / That night, {A} went to bed with a smile and slept [well|softly|deeply].
