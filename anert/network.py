@@ -135,7 +135,9 @@ class Network:
         total = (self.layers + 2) * 2 * self.model.config.dim * self.n
         for b in self._blocks:
             for kernel, _ in b.forward:
-                total += sum(kernel.sizes[p] for p in {s.port for s in kernel.outputs.values()}) * (self.layers if self.train else 2)
+                total += sum(kernel.sizes[p] for p in {s.port for s in kernel.outputs.values()}) * (
+                    self.layers if self.train else 2
+                )
             for kernel, _ in (*b.forward, *b.backward):
                 for port in {s.port for s in kernel.inputs.values()}:
                     names = [n for n, s in kernel.inputs.items() if s.port == port]
@@ -221,7 +223,9 @@ class Network:
         for name, slot in kernel.outputs.items():
             if slot.port not in surfaces:
                 size = kernel.sizes[slot.port]
-                surfaces[slot.port] = self._surface(size) if shared is None else self._shared((*shared, kernel.name, slot.port), size)
+                surfaces[slot.port] = (
+                    self._surface(size) if shared is None else self._shared((*shared, kernel.name, slot.port), size)
+                )
             env[name] = Location(surfaces[slot.port], slot)
         return _Run(program.bind(surfaces), copies)
 
@@ -256,7 +260,9 @@ class Network:
                 runs.append(self._add_recipe(cot, dw))
         return runs
 
-    def _gemm_recipe(self, name: str, left: Location, right: Location, dw: Any, rows: int, cols: int) -> Callable[[float], None]:
+    def _gemm_recipe(
+        self, name: str, left: Location, right: Location, dw: Any, rows: int, cols: int
+    ) -> Callable[[float], None]:
         """dw (rows, cols) += alpha left (rows, n) right (cols, n)^T."""
         a, b = left.matrix(), right.matrix(transposed=True)
         c = ffi.ffi.new("anert_matrix *", (dw, ffi.lib.ANERT_F32, cols, 1, 0))[0]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from anert.errors import InputError
 from anert import ffi
+from anert.errors import InputError
 from anert.ffi import call
 from anert.param import Param, ParamStore
 

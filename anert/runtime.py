@@ -29,7 +29,11 @@ class Runtime:
 
     def __init__(self, backend: str = "auto", precision: str = "auto", layout: str = "auto", threads: int = 0,
                  compile_budget: int = 0, isa: str = "auto") -> None:  # fmt: skip
-        for value, known, option in ((backend, BACKENDS, "backend"), (precision, PRECISIONS, "precision"), (layout, LAYOUTS, "layout")):
+        for value, known, option in (
+            (backend, BACKENDS, "backend"),
+            (precision, PRECISIONS, "precision"),
+            (layout, LAYOUTS, "layout"),
+        ):
             if value not in known:
                 raise InputError(f"--{option} takes one of {', '.join(known)}, got {value!r}")
         if backend == "ane":
@@ -55,7 +59,11 @@ class Runtime:
 
     def _note(self, asked: str, precision: str) -> str:
         where = f"backend {asked}" if asked != "auto" else "backend cpu (auto: " + _no_ane() + ")"
-        why = "" if precision != "auto" else f" (auto: {self.pool.isa} multiplies bf16 {'' if self.precision == 'bf16' else 'not '}natively)"
+        why = (
+            ""
+            if precision != "auto"
+            else f" (auto: {self.pool.isa} multiplies bf16 {'' if self.precision == 'bf16' else 'not '}natively)"
+        )
         return f"{where}; precision {self.precision}{why}; {self.pool.threads} threads, {self.pool.isa}"
 
     def check_memory(self, nbytes: int, what: str) -> None:

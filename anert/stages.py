@@ -91,9 +91,7 @@ class _Splitter:
         op = value.op
         if op is None:
             result = frozenset((value,))
-        elif op.kind == "const":
-            result = frozenset()
-        elif self.stage.get(op) == s:
+        elif op.kind == "const" or self.stage.get(op) == s:
             result = frozenset()
         elif self.crosses(value, s):
             result = frozenset((value,))

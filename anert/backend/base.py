@@ -1,8 +1,8 @@
 """What a backend is: MIL text in, Program out; surfaces bound to its ports, run. The cache and the budget of compiles live here.
 
-    program = backend.compile(text)                        # counted, cached by content
-    binding = program.bind({"i00_x": sx, "o00_y": sy})     # once per set of surfaces
-    binding.run()                                          # once per use: nothing allocated, no GIL held
+program = backend.compile(text)                        # counted, cached by content
+binding = program.bind({"i00_x": sx, "o00_y": sy})     # once per set of surfaces
+binding.run()                                          # once per use: nothing allocated, no GIL held
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ class Program(abc.ABC):
             if name not in surfaces:
                 raise ShapeError(f"port {name!r} has no surface")
             if surfaces[name].nbytes < port.nbytes:
-                raise ShapeError(
-                    f"port {name!r} needs {port.nbytes} bytes, its surface has {surfaces[name].nbytes}"
-                )
+                raise ShapeError(f"port {name!r} needs {port.nbytes} bytes, its surface has {surfaces[name].nbytes}")
         return self._bind(surfaces)
 
     @abc.abstractmethod

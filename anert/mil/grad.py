@@ -91,7 +91,12 @@ class _Joint:
             for name, other in (("x", "y"), ("y", "x")):
                 w, h = op.inputs[name], op.inputs[other]
                 assert isinstance(w, Value) and isinstance(h, Value)
-                if w in self.params and h not in self.params and w.shape == (dout.shape[0], 1) and h.shape == dout.shape:
+                if (
+                    w in self.params
+                    and h not in self.params
+                    and w.shape == (dout.shape[0], 1)
+                    and h.shape == dout.shape
+                ):
                     self.recipes.append((w, "rowsum", dout, h if op.kind == "mul" else None, False))
                     done.add(name)
         return done
@@ -103,11 +108,18 @@ class _Joint:
             if all(d is None for d in douts) or not any(v in active for v in op.operands()):
                 continue
             done = self.recipe(op, douts[0]) if len(douts) == 1 and douts[0] is not None else set()
-            if all(v not in active for k, x in op.inputs.items() if k not in done for v in (x if isinstance(x, tuple) else (x,))):
+            if all(
+                v not in active
+                for k, x in op.inputs.items()
+                if k not in done
+                for v in (x if isinstance(x, tuple) else (x,))
+            ):
                 continue
             rule = lookup(op.kind).grad
             if rule is None:
-                raise UnsupportedError(f"{op.kind} ({op.out.name}) has no gradient rule and stands between the loss and an input")
+                raise UnsupportedError(
+                    f"{op.kind} ({op.out.name}) has no gradient rule and stands between the loss and an input"
+                )
             for name, g in rule(op, douts).items():
                 operand = op.inputs.get(name)
                 if name in done or g is None or operand is None:
