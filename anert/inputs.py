@@ -1,4 +1,5 @@
-"""What a run starts from: its directory, initial weights, tokenizer and data; and what it will need of memory and disk."""
+"""What a run starts from: its directory, initial weights, tokenizer and data; and what it will need of memory and
+disk."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ CORPUS_MB = 4.0
 
 
 def run_dir(plugin: str, preset: str, options: TrainOptions) -> Path:
-    """Where the run keeps everything: --out, else the next free runs/<plugin>-<preset>-<n>. A new run never takes a used one."""
+    """Where the run keeps everything: --out, else the next free runs/<plugin>-<preset>-<n>. A new run never takes a
+    used one."""
     if options.out:
         out = Path(options.out)
         if options.init != "resume" and any(out.glob("step-*")):

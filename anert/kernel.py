@@ -1,7 +1,9 @@
-"""Kernel: a Function and its ports in wire form, as MIL text. Port order, padding, packing and orientation live here only.
+"""Kernel: a Function and its ports in wire form, as MIL text. Port order, padding, packing and orientation live here
+only.
 
-`ports`: each tensor its own port, [1, C, 1, W]. `packed`: one input tensor holds them all, and one output the results stacked along
-channels. Where element (r, c) of a logical tensor lies in a port is its Slot; Params are written by slots, activations read by them.
+`ports`: each tensor its own port, [1, C, 1, W]. `packed`: one input tensor holds them all, and one output the results
+stacked along channels. Where element (r, c) of a logical tensor lies in a port is its Slot; Params are written by
+slots, activations read by them.
 """
 
 from __future__ import annotations

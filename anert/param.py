@@ -1,7 +1,7 @@
 """Param: an fp32 master, its gradient and moments, and the fp16 copies that programs read.
 
-All masters lie in one buffer, all gradients in another, so that a norm or a checkpoint is one pass. A copy is written when
-the optimizer steps or weights are loaded, and at no other time.
+All masters lie in one buffer, all gradients in another, so that a norm or a checkpoint is one pass. A copy is written
+when the optimizer steps or weights are loaded, and at no other time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class Spec:
 
 
 class Param:
-    """A named parameter; `master` and, in training, `grad`, `m`, `v` are fp32 (rows, cols) views of the store's buffers."""
+    """A named parameter; `master` and, in training, `grad`, `m`, `v` are fp32 (rows, cols) views of the store's
+    buffers."""
 
     def __init__(self, name: str, spec: Spec, master: np.ndarray) -> None:
         self.name, self.spec, self.master = name, spec, master
@@ -66,7 +67,8 @@ class Param:
         self._native: Any = None
 
     def place(self, surface: Surface, slot: Slot) -> None:
-        """Keep an fp16 copy at `slot` of `surface` from now on. ShapeError if the slot has another shape or leaves the surface."""
+        """Keep an fp16 copy at `slot` of `surface` from now on. ShapeError if the slot has another shape or leaves the
+        surface."""
         if (slot.rows, slot.cols) != (self.rows, self.cols):
             raise ShapeError(f"{self.name} is {self.spec.shape}, its slot in {slot.port} is ({slot.rows}, {slot.cols})")
         last = slot.offset + (self.rows - 1) * slot.row_stride + (self.cols - 1) * slot.col_stride + slot.broadcast

@@ -1,4 +1,5 @@
-"""Runtime: one context (heap, pool, backend, precision, layout) that is handed to everything; nothing of it is global."""
+"""Runtime: one context (heap, pool, backend, precision, layout) that is handed to everything; nothing of it is
+global."""
 
 from __future__ import annotations
 
@@ -76,7 +77,8 @@ class Runtime:
             )
 
     def peak_gflops(self) -> float:
-        """Best of several (1024)^3 products at this runtime's precision: what this machine's GEMM can reach, measured once (~0.2 s)."""
+        """Best of several (1024)^3 products at this runtime's precision: what this machine's GEMM can reach, measured
+        once (~0.2 s)."""
         if not self._peak:
             from anert.surface import Surface
 

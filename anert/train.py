@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_SKIPPED = 30
-"""Steps in a row that may overflow before a run counts as diverged: enough for the scale to fall from 2^24 to under 1."""
+"""Steps in a row that may overflow before a run counts as diverged: enough for the scale to fall from 2^24 to under
+1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,8 @@ class TrainOptions:
 
 
 def waited(task: str, unit: str, work: Callable[[Callable[[float, float], None]], T]) -> Iterator[Event]:
-    """Run `work(progress)` in a thread and yield its progress(done, total) at most four times a second; returns its result."""
+    """Run `work(progress)` in a thread and yield its progress(done, total) at most four times a second; returns its
+    result."""
     ticks: queue.SimpleQueue[tuple[float, float] | None] = queue.SimpleQueue()
     outcome: list[Any] = []
     last = 0.0
@@ -105,7 +107,8 @@ def waited(task: str, unit: str, work: Callable[[Callable[[float, float], None]]
 
 
 class Trainer:
-    """One run: prepares data and model, steps, validates, samples, saves. `run` is the generator that `train` returns."""
+    """One run: prepares data and model, steps, validates, samples, saves. `run` is the generator that `train`
+    returns."""
 
     def __init__(
         self, plugin: Plugin, preset: str, config: Any, options: TrainOptions, stop: Callable[[], bool]

@@ -1,4 +1,5 @@
-"""A whole training step through runtime, kernels, native head and recipes, against PyTorch; and what must not depend on layout."""
+"""A whole training step through runtime, kernels, native head and recipes, against PyTorch; and what must not depend on
+layout."""
 
 from __future__ import annotations
 
@@ -159,7 +160,7 @@ def test_models_that_cannot_be_are_refused(stories):
 
     config = SimpleNamespace(dim=16, n_layers=1, vocab_size=10, seq_len=4)
     model = Odd(config)
-    with pytest.raises(PluginError, match="w.nothing"):
+    with pytest.raises(PluginError, match=r"w\.nothing"):
         model.trace(unknown, 4, 1)
     with pytest.raises(ShapeError, match=r"\(16, 4\)"):
         model.trace(wrong, 4, 1)

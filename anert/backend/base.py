@@ -1,4 +1,5 @@
-"""What a backend is: MIL text in, Program out; surfaces bound to its ports, run. The cache and the budget of compiles live here.
+"""What a backend is: MIL text in, Program out; surfaces bound to its ports, run. The cache and the budget of compiles
+live here.
 
 program = backend.compile(text)                        # counted, cached by content
 binding = program.bind({"i00_x": sx, "o00_y": sy})     # once per set of surfaces
@@ -33,7 +34,8 @@ class Port:
 
 @dataclass(slots=True)
 class ProgramStats:
-    """What a compiled program is made of. FLOPs count multiply-adds as 2; `executed` leaves out skipped causal tiles."""
+    """What a compiled program is made of. FLOPs count multiply-adds as 2; `executed` leaves out skipped causal
+    tiles."""
 
     flops_written: int = 0
     flops_executed: int = 0
