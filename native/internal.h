@@ -23,6 +23,11 @@ float anert_float(uint16_t h);
  * [0, anert_pool_threads). Takes the pool's mutex: never call it from inside a body. */
 typedef void anert_body(void *arg, int64_t index, int32_t thread);
 void anert_parallel_for(anert_pool *pool, int64_t n, anert_body *body, void *arg);
+/* The pool's mutex, recursive: whoever asks for scratch or runs several loops that belong together holds it from the first
+ * anert_pool_scratch to the last use, since another caller may grow, hence move, the scratch. NULL is fine. */
+void anert_pool_enter(anert_pool *pool);
+void anert_pool_leave(anert_pool *pool);
+int32_t anert_isa_best(void); /* what ANERT_ISA_AUTO means here */
 /* Per-thread scratch that grows and stays: at least nbytes, 64-byte aligned; NULL if memory was not granted. Call it for
  * all threads before entering a parallel region. slot separates users that nest (gemm 0, tile 1, plan 2, head 3). */
 void *anert_pool_scratch(anert_pool *pool, int32_t thread, int32_t slot, size_t nbytes);

@@ -1,0 +1,160 @@
+"""The door to C: loads anert._native on first use, and `call` turns a status into an exception.
+
+Which build is loaded: the installed one, or the shared object that the environment variable ANERT_NATIVE names (a sanitizer
+or cross build). Importing this module loads nothing.
+
+    from anert import ffi
+    pool = ffi.Pool()
+    ffi.call(ffi.lib.anert_f16_to_f32, pool.ptr, src, dst, n)
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from anert.errors import AnertError, BackendUnavailable, InputError, NativeError, StateError, UnsupportedError
+
+# anert.h: status -> class. ENOMEM and ESYSTEM are the machine's; anything unknown is too.
+_ERRORS: dict[int, type[AnertError]] = {-1: InputError, -3: StateError, -4: UnsupportedError}
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
+"""Names of the instruction sets; the index is anert.h's number."""
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The extension module, loaded once; ANERT_NATIVE is read at that moment.
+
+    Raises BackendUnavailable if it is not there or does not load.
+    """
+    path = os.environ.get("ANERT_NATIVE", "")
+    try:
+        if not path:
+            return importlib.import_module("anert._native")
+        from importlib.machinery import ExtensionFileLoader
+        from importlib.util import module_from_spec, spec_from_file_location
+
+        spec = spec_from_file_location("anert._native", path, loader=ExtensionFileLoader("anert._native", path))
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no extension module")
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ImportError as error:
+        where = f"{path} (ANERT_NATIVE)" if path else "anert._native"
+        raise BackendUnavailable(
+            f"the native core {where} does not load ({error}): build it with `python build_ffi.py` "
+            "in a checkout, or `pip install .`"
+        ) from None
+
+
+def __getattr__(name: str) -> Any:
+    """`anert.ffi.ffi` and `anert.ffi.lib`, loaded when first asked for."""
+    if name in ("ffi", "lib"):
+        return getattr(load(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def error() -> Any:
+    """A new `anert_error *` for callers that call often: pass it to `call` as `err`, one per thread."""
+    return load().ffi.new("anert_error *")
+
+
+def call(function: Callable[..., int], *args: Any, err: Any = None) -> None:
+    """Call a fallible C function with `args` and an anert_error, and raise what its status means.
+
+    Raises InputError (EINVAL), StateError (ESTATE), UnsupportedError (EUNSUPPORTED) or NativeError (ENOMEM, ESYSTEM).
+    The GIL is released meanwhile.
+    """
+    if err is None:
+        err = error()
+    status = function(*args, err)
+    if status:
+        message = load().ffi.string(err.message).decode(errors="replace")
+        raise _ERRORS.get(status, NativeError)(message)
+
+
+def _cgroup_cpus(root: Path, membership: str) -> float:
+    """CPUs that the cgroup quotas along our path grant (v2 cpu.max, v1 cpu.cfs_quota_us); inf without a quota.
+
+    `membership` is the text of /proc/self/cgroup, `root` the mount point /sys/fs/cgroup.
+    """
+    granted = math.inf
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = root if not controllers else root / "cpu"
+        inner = base / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            granted = min(granted, _quota(folder))
+            if folder == base:
+                break
+    return granted
+
+
+def _quota(folder: Path) -> float:
+    """CPUs that one cgroup folder grants; inf where it says nothing."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return math.inf
+
+
+def threads_granted() -> int:
+    """Threads to compute with: ANERT_NUM_THREADS, else what affinity and the cgroup's CPU quota grant, rounded up.
+
+    Raises InputError if ANERT_NUM_THREADS is no positive integer.
+    """
+    asked = os.environ.get("ANERT_NUM_THREADS", "")
+    if asked:
+        if not asked.isascii() or not asked.isdigit() or int(asked) == 0:
+            raise InputError(f"ANERT_NUM_THREADS is {asked!r}, expected a positive integer: unset it or correct it")
+        return int(asked)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota = _cgroup_cpus(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup").read_text())
+    except (OSError, ValueError):
+        quota = math.inf
+    return max(1, cpus if quota == math.inf else min(cpus, math.ceil(quota)))
+
+
+class Pool:
+    """The threads and the instruction set that native calls compute with; freed with its last reference.
+
+    threads: counts the caller; 0 takes `threads_granted()`. isa: a name of ISAS, or `auto` for the best of this CPU.
+    A forked child computes on its calling thread alone. Raises InputError or UnsupportedError for what it cannot be.
+    """
+
+    __slots__ = ("isa", "ptr", "threads")
+
+    def __init__(self, threads: int = 0, isa: str = "auto") -> None:
+        if isa != "auto" and isa not in ISAS:
+            raise InputError(f"no instruction set is called {isa!r}: auto, {', '.join(ISAS)}")
+        native = load()
+        out = native.ffi.new("anert_pool **")
+        number = ISAS.index(isa) if isa != "auto" else native.lib.ANERT_ISA_AUTO
+        call(native.lib.anert_pool_new, threads or threads_granted(), number, out)
+        self.ptr = native.ffi.gc(out[0], native.lib.anert_pool_free)
+        self.threads: int = native.lib.anert_pool_threads(out[0])
+        self.isa: str = ISAS[native.lib.anert_pool_isa(out[0])]
+
+    def __repr__(self) -> str:
+        return f"Pool(threads={self.threads}, isa={self.isa!r})"
+
+
+def isas() -> tuple[str, ...]:
+    """The instruction sets that this build and CPU have, `scalar` first."""
+    supported = load().lib.anert_isa_supported
+    return tuple(name for number, name in enumerate(ISAS) if supported(number))

@@ -1,0 +1,116 @@
+"""Surfaces: zeroed memory that NumPy, the CPU engine and the ANE all see, through arrays that own it.
+
+heap = Heap()
+surface = Surface(heap, 768 * 256 * 2)
+with surface.lock():
+    surface.array(np.float16, (768, 256))[:] = x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from anert.errors import ShapeError
+from anert.ffi import call, load
+
+
+class Heap:
+    """Where surfaces come from: 2 MiB-aligned slabs, on huge pages where the kernel grants them.
+
+    A heap may go before its surfaces; their memory stays.
+    """
+
+    __slots__ = ("ptr",)
+
+    def __init__(self) -> None:
+        native = load()
+        out = native.ffi.new("anert_heap **")
+        call(native.lib.anert_heap_new, out)
+        self.ptr = native.ffi.gc(out[0], native.lib.anert_heap_free)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are mapped now."""
+        return int(load().lib.anert_heap_bytes(self.ptr))
+
+
+class Surface:
+    """`nbytes` of zeroed shared memory, aligned to 16 KiB when that large, else to 64 bytes.
+
+    The memory lives as long as the Surface or any array made from it, and there is no way to end it sooner.
+    ptr: its address (`void *`); handle: the `anert_surface *`. Raises InputError or NativeError if it cannot be had.
+    """
+
+    __slots__ = ("_base", "handle", "nbytes")
+
+    def __init__(self, heap: Heap, nbytes: int) -> None:
+        native = load()
+        if nbytes < 1:
+            raise ShapeError(f"a surface holds at least 1 byte, not {nbytes}")
+        out = native.ffi.new("anert_surface **")
+        call(native.lib.anert_surface_new, heap.ptr, nbytes, out)
+        handle, free = out[0], native.lib.anert_surface_free
+        self.handle = handle
+        # The address is the owner: buffers, hence arrays, hold it, so a slice outlives this object.
+        self._base = native.ffi.gc(native.lib.anert_surface_base(handle), lambda _: free(handle), size=nbytes)
+        self.nbytes = nbytes
+
+    @property
+    def ptr(self) -> Any:
+        return self._base
+
+    @property
+    def seed(self) -> int:
+        """A counter that advances whenever somebody may have written: at each write-unlock and native write."""
+        return int(load().lib.anert_surface_seed(self.handle))
+
+    def array(
+        self,
+        dtype: DTypeLike = np.float16,
+        shape: Sequence[int] | int | None = None,
+        offset: int = 0,
+        strides: Sequence[int] | None = None,
+    ) -> NDArray[Any]:
+        """A view that owns the memory. offset and strides are in bytes, as in numpy.ndarray.
+
+        Without a shape: all that is left behind `offset`, one-dimensional. Raises ShapeError if the view does not fit.
+        """
+        kind = np.dtype(dtype)
+        if shape is None:
+            if strides is not None:
+                raise ShapeError("strides need a shape: pass both or neither")
+            shape = max(0, self.nbytes - offset) // kind.itemsize
+        try:
+            if not 0 <= offset <= self.nbytes:
+                raise ValueError("the offset lies outside")
+            return np.ndarray(shape, kind, load().ffi.buffer(self._base, self.nbytes), offset, strides)
+        except (TypeError, ValueError) as error:
+            raise ShapeError(
+                f"a view of shape {shape}, dtype {kind}, offset {offset}, strides {strides} "
+                f"does not fit a surface of {self.nbytes} bytes: {error}"
+            ) from None
+
+    @contextmanager
+    def lock(self, read_only: bool = False) -> Iterator[Surface]:
+        """Hold the surface for reading (shared) or writing (exclusive; the seed advances at the end).
+
+        Raises StateError at once if it is held otherwise: nobody waits.
+        """
+        lib = load().lib
+        call(lib.anert_surface_lock, self.handle, int(read_only))
+        try:
+            yield self
+        finally:
+            call(lib.anert_surface_unlock, self.handle, int(read_only))
+
+    def touch(self) -> None:
+        """Say that memory was written without a lock: the seed advances."""
+        load().lib.anert_surface_touch(self.handle)
+
+    def __repr__(self) -> str:
+        return f"Surface({self.nbytes} bytes, seed {self.seed})"

@@ -1,0 +1,147 @@
+"""Builds the native core: native/anert.h is the cffi declaration, native/*.c the sources, anert._native the extension.
+
+`pip install` uses BuildExt through pyproject.toml. By hand, from the repository:
+
+    python build_ffi.py                  # in place: anert/_native.abi3.so
+    python build_ffi.py --out DIR        # another build beside it: DIR/_native.abi3.so, chosen by ANERT_NATIVE
+    python build_ffi.py --werror         # warnings are errors
+
+ANERT_CFLAGS is added to every compile and link: ANERT_CFLAGS="-fsanitize=address,undefined -g -O1".
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from cffi import FFI
+from setuptools import Distribution
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+NATIVE = ROOT / "native"
+MODULE = "anert._native"
+# No contraction: bits must not depend on which multiply-add a compiler chose to fuse.
+CFLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-ffp-contract=off", "-fvisibility=hidden"]
+JOBS = 2
+NO_COMPILER = (
+    "anert's native core needs a C compiler and {command!r} was not found. Install one: "
+    "`apt install gcc libc6-dev` (Debian, Ubuntu), `dnf install gcc` (Fedora), `xcode-select --install` (macOS); "
+    "or name one by CC=/path/to/cc"
+)
+
+
+def cdef(header: Path = NATIVE / "anert.h") -> str:
+    """The declarations of a header as cffi reads them: no comments, no preprocessor lines."""
+    text = re.sub(r"/\*.*?\*/", "", header.read_text(), flags=re.DOTALL)
+    return "\n".join(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
+
+
+def extension(build_dir: Path) -> Any:
+    """The setuptools Extension of anert._native; cffi's generated C goes below `build_dir`."""
+    ffi = FFI()
+    ffi.cdef(cdef())
+    extra = shlex.split(os.environ.get("ANERT_CFLAGS", ""))
+    ffi.set_source(
+        MODULE,
+        '#include "anert.h"',
+        sources=sorted(os.path.relpath(path) for path in NATIVE.glob("*.c")),
+        include_dirs=[os.path.relpath(NATIVE)],
+        depends=sorted(os.path.relpath(path) for path in NATIVE.glob("*.h")),
+        extra_compile_args=[*CFLAGS, *extra],
+        extra_link_args=["-pthread", *extra],
+        libraries=["m"],
+        define_macros=[("Py_LIMITED_API", "0x030B0000")],
+        py_limited_api=True,
+    )
+    return ffi.distutils_extension(tmpdir=str(build_dir))
+
+
+class BuildExt(build_ext):
+    """build_ext whose one extension is anert._native, recompiling what changed, two files at a time."""
+
+    werror = False
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.werror = False
+
+    def finalize_options(self) -> None:
+        flags = hashlib.sha256(repr([CFLAGS, os.environ.get("ANERT_CFLAGS"), os.environ.get("CC")]).encode())
+        generated = Path("build") / "ffi"
+        generated.mkdir(parents=True, exist_ok=True)
+        self.distribution.ext_modules = [extension(generated)]
+        super().finalize_options()
+        self.build_temp = os.path.join(self.build_temp, flags.hexdigest()[:12])
+
+    def build_extensions(self) -> None:
+        command = self.compiler.compiler_so[0] if hasattr(self.compiler, "compiler_so") else "cc"
+        if shutil.which(command) is None:
+            raise SystemExit(NO_COMPILER.format(command=command))
+        if self.werror:
+            for ext in self.extensions:
+                ext.extra_compile_args.append("-Werror")
+        self._compile_all = self.compiler.compile
+        self.compiler.compile = self._compile_changed
+        super().build_extensions()
+
+    def _compile_changed(self, sources: list[str], output_dir: str, depends: list[str], **options: Any) -> list[str]:
+        objects = self.compiler.object_filenames(sources, output_dir=output_dir)
+        for directory in {os.path.dirname(path) for path in objects}:
+            os.makedirs(directory, exist_ok=True)
+        newest = max((os.path.getmtime(path) for path in [*depends, __file__]), default=0.0)
+
+        def stale(source: str, target: str) -> bool:
+            if self.force or not os.path.exists(target):
+                return True
+            return os.path.getmtime(target) < max(newest, os.path.getmtime(source))
+
+        def compile_one(source: str) -> None:
+            self._compile_all([source], output_dir=output_dir, **options)
+
+        changed = [source for source, target in zip(sources, objects, strict=True) if stale(source, target)]
+        with ThreadPoolExecutor(JOBS) as jobs:
+            list(jobs.map(compile_one, changed))
+        return objects
+
+
+def build(out: str | None = None, werror: bool = False, force: bool = False) -> Path:
+    """Build in place, or into the directory `out`; returns the extension's path."""
+    os.chdir(ROOT)
+    distribution = Distribution({"name": "anert", "packages": ["anert"]})
+    command = BuildExt(distribution)
+    command.inplace = out is None
+    command.force = force
+    command.werror = werror
+    if out is not None:
+        command.build_temp = str(Path(out) / "temp")
+        command.build_lib = str(Path(out) / "lib")
+    command.ensure_finalized()
+    command.run()
+    built = Path(command.get_ext_fullpath(MODULE))
+    if out is None:
+        return built
+    target = Path(out) / built.name
+    shutil.copy2(built, target)
+    return target
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build anert's native core.")
+    parser.add_argument("--out", help="build into this directory and leave the one in place alone")
+    parser.add_argument("--werror", action="store_true", help="treat warnings as errors")
+    parser.add_argument("--force", action="store_true", help="recompile everything")
+    options = parser.parse_args()
+    print(build(options.out, options.werror, options.force), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
