@@ -209,19 +209,17 @@ typedef struct {
  *           rows a chunk, lanes a chunk. views and instrs are ranges.
  * GEMM      dims: batch, batch, m, n, k; views a (batch, batch, m, k), b (batch, batch, k, n), c (batch, batch, m, n), and
  *           if there are four, bias (m). alpha, beta, precision as in anert_gemm.
- * GATHER    dims: outer, index, inner; views y (outer, index, inner), x (outer, 0, inner) with args[0] its axis' extent and
- *           args[1] that axis' stride, indices (outer, index, inner) int32.
- * SCATTER   dims as GATHER, views y (outer, 0, inner), updates (outer, index, inner), indices; args[0], args[1] of y's axis;
- *           args[2]: ANERT_SCATTER_*; indices in order.
- * ARG       dims: outer, reduced, inner; views y (outer, 0, inner) int32, x; args[0]: 1 largest, 0 smallest; first of equals.
- * CUMSUM    dims: outer, axis, inner; views y, x; args: exclusive, reverse.
- * SORT      dims: outer, axis, inner; views values (outer, k, inner), indices int32, x; args: k, ascending. Stable.
- * IM2COL    dims: channels, kernel h, kernel w, out h, out w; views y (5 dims), x (channel, 0, 0, h, w strides); args: stride h,
- *           stride w, dilation h, dilation w, pad top, pad left, in h, in w. Outside the input is 0.
- * COL2IM    the adjoint: y is the image, x the columns; y is set, not added to. */
+ * GATHER    dims: the box of y; views y, x (stride 0 where only the index moves it), indices int32; element i of y is element i of
+ *           x plus index * args[1], the gathered axis' stride; its extent is args[0]. A negative index counts from the end.
+ * SCATTER   dims: the box of updates; views y, updates, indices; args[0], args[1] of y's axis; args[2]: ANERT_SCATTER_*. In
+ *           row-major order, so repeats have an order too.
+ * ARG       dims: the box of x, the axis last; views y int32, x; args[0]: 1 largest, 0 smallest; the first of equals.
+ * IM2COL    dims: batch, channels, kernel h, kernel w, out h, out w; views y (6 dims), x (batch, channels, -, -, h, w); args: stride
+ *           h, w, dilation h, w, pad top, left, input h, w. Outside the input is 0.
+ * COL2IM    the adjoint: dims as IM2COL; views y the columns, x the image, which is set to the sum of its columns. */
 enum {
-    ANERT_STEP_TILE, ANERT_STEP_GEMM, ANERT_STEP_GATHER, ANERT_STEP_SCATTER, ANERT_STEP_ARG, ANERT_STEP_CUMSUM,
-    ANERT_STEP_SORT, ANERT_STEP_IM2COL, ANERT_STEP_COL2IM, ANERT_STEP_KINDS
+    ANERT_STEP_TILE, ANERT_STEP_GEMM, ANERT_STEP_GATHER, ANERT_STEP_SCATTER, ANERT_STEP_ARG, ANERT_STEP_IM2COL,
+    ANERT_STEP_COL2IM, ANERT_STEP_KINDS
 };
 enum {
     ANERT_SCATTER_UPDATE, ANERT_SCATTER_ADD, ANERT_SCATTER_SUB, ANERT_SCATTER_MUL, ANERT_SCATTER_DIV, ANERT_SCATTER_MAX,

@@ -75,13 +75,11 @@ static void store_scalar(char *base, int32_t dtype, int64_t i, float x) {
 
 /* Where a view is for the current chunk. Spilled views live in the tile: only the reduced dims move them. */
 static char *locate(const tile_state *t, const anert_view *v) {
-    const anert_step *s = t->job->step;
     int64_t at = 0;
     if (v->buffer == SCRATCH_TILE) {
         for (int d = 0; d < ANERT_DIMS; d++) at += (t->at[d] - t->tile[d]) * v->strides[d];
         return t->spill + (v->offset + at) * (int64_t)dtype_bytes(v->dtype);
     }
-    (void)s;
     for (int d = 0; d < ANERT_DIMS; d++) at += t->at[d] * v->strides[d];
     return view_base(t->job->run, v) + at * (int64_t)dtype_bytes(v->dtype);
 }
@@ -463,7 +461,8 @@ anert_status tile_check(anert_plan *plan, int32_t step, anert_error *err) {
         chunk_rows(s) * chunk_lanes(s) > TILE_MAX_CHUNK || spill_bytes(s) < 0 || spill_bytes(s) > 1 << 24 ||
         (bits & 1 && chunk_lanes(s) % TILE_PARTIALS && chunk_lanes(s) < s->dims[5]))
         return anert_fail(err, ANERT_EINVAL, "step %d: tile program out of bounds", step);
-    if (bits == 3) return anert_fail(err, ANERT_EINVAL, "step %d: rows and lanes are both reduced", step);
+    if (bits == 3 || (bits == 0 && s->reduced != 0))
+        return anert_fail(err, ANERT_EINVAL, "step %d: either rows or lanes must be reduced where any dim is", step);
     for (int r = 0; r < TILE_REGS; r++) kinds[r] = -1;
     for (int32_t k = 0; k < s->n_instrs; k++) {
         tile_instr *in = &plan->instrs[s->first_instr + k];
