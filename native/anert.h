@@ -64,7 +64,7 @@ anert_status anert_surface_lock(anert_surface *surface, int32_t read_only, anert
 anert_status anert_surface_unlock(anert_surface *surface, int32_t read_only, anert_error *err);
 
 /* ---- fp16: round to nearest even, subnormals kept, NaN by the hardware rule (sign | 0x7e00 | payload >> 13) ----
- * clamp: 1 turns anything past +-65504 (inf too, not NaN) into +-65504 and counts it in *clamped (may be NULL).
+ * clamp: 1 turns anything past +-65504 (inf too, not NaN) into +-65504 and sets *clamped (may be NULL) to how many.
  * Strides are in elements. The transposes read src as (rows, cols) with row stride src_stride and write dst as
  * (cols, rows) with row stride dst_stride. pool may be NULL: one thread, the best instruction set. */
 anert_status anert_f32_to_f16(anert_pool *pool, const float *src, uint16_t *dst, size_t n, int32_t clamp,
@@ -102,7 +102,7 @@ typedef struct {
     float grad_scale;    /* multiplies the gradient: clip factor over accumulation */
 } anert_adamw_args;
 /* AdamW (Loshchilov & Hutter 2019): reads grad, updates m, v and master (fp32, rows*cols each), then writes every
- * placement, clamped to +-65504 (counted in *clamped, may be NULL). */
+ * placement, clamped to +-65504; *clamped (may be NULL) is set to the number of weights that were past it. */
 anert_status anert_adamw(anert_pool *pool, float *master, float *m, float *v, const float *grad, int64_t rows,
                          int64_t cols, anert_adamw_args args, const anert_placement *placements, int32_t n_placements,
                          uint64_t *clamped, anert_error *err);
@@ -117,7 +117,7 @@ anert_status anert_param_sync(anert_pool *pool, const float *master, int64_t row
 /* Sum of squares in float64 by fixed chunks, thread-count independent; *finite is 0 if any value is inf or NaN. */
 anert_status anert_sum_squares(anert_pool *pool, const float *x, size_t n, double *out, int32_t *finite,
                                anert_error *err);
-/* Largest magnitude of an fp16 array and whether all are finite. */
+/* Largest magnitude of an fp16 array (inf counts, NaN does not) and whether all are finite. */
 anert_status anert_f16_amax(anert_pool *pool, const uint16_t *x, size_t n, float *amax, int32_t *finite,
                             anert_error *err);
 /* Gradient recipes that are not GEMMs; tap and cot are (c, n) fp16 with row strides, dw is fp32 and added to.

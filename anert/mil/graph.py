@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -100,6 +100,25 @@ class Value:
     def __repr__(self) -> str:
         return f"<{self.name}: {self.type}>"
 
+    if TYPE_CHECKING:  # defined by anert.mil.ops.operators, which has the op table below it
+
+        def __add__(self, other: Any) -> Value: ...
+        def __radd__(self, other: Any) -> Value: ...
+        def __sub__(self, other: Any) -> Value: ...
+        def __rsub__(self, other: Any) -> Value: ...
+        def __mul__(self, other: Any) -> Value: ...
+        def __rmul__(self, other: Any) -> Value: ...
+        def __truediv__(self, other: Any) -> Value: ...
+        def __rtruediv__(self, other: Any) -> Value: ...
+        def __matmul__(self, other: Any) -> Value: ...
+        def __rmatmul__(self, other: Any) -> Value: ...
+        def __pow__(self, other: Any) -> Value: ...
+        def __rpow__(self, other: Any) -> Value: ...
+        def __neg__(self) -> Value: ...
+        def __getitem__(self, index: Any) -> Value: ...
+        def reshape(self, *shape: int) -> Value: ...
+        def transpose(self, *perm: int) -> Value: ...
+
 
 Operand = Value | tuple[Value, ...]
 
@@ -112,6 +131,8 @@ class Op:
     inputs: dict[str, Operand]
     attrs: dict[str, Any]
     outputs: list[Value] = field(default_factory=list)
+    label: str = ""
+    """MIL's `name` attribute where it differs from the first output's name; not part of equality."""
 
     @property
     def out(self) -> Value:
@@ -171,14 +192,16 @@ class Function:
 
     def append(
         self, kind: str, inputs: dict[str, Operand], attrs: dict[str, Any], types: Sequence[TensorType],
-        name: str | None = None,
+        name: str | Sequence[str] | None = None,
     ) -> list[Value]:  # fmt: skip
-        """Add an op whose output types are already inferred. Callers go through `anert.mil.ops.emit`."""
+        """Add an op whose output types are already inferred. Callers go through `anert.mil.ops.emit`.
+        `name` is a hint for all outputs, or one name for each."""
         op = Op(kind, dict(inputs), dict(attrs))
         for v in op.operands():
             if v.function is not self:
                 raise ShapeError(f"{kind}: operand {v.name!r} belongs to another function")
-        op.outputs = [Value(t, self.fresh(name or kind), op, self) for t in types]
+        hints = [name or kind] * len(types) if isinstance(name, str | None) or len(name) != len(types) else name
+        op.outputs = [Value(t, self.fresh(hint), op, self) for t, hint in zip(types, hints, strict=True)]
         self.ops.append(op)
         return op.outputs
 
@@ -189,6 +212,25 @@ class Function:
                 raise ShapeError(f"output {v.name!r} belongs to another function")
         self.outputs = list(values)
         return self
+
+    def rename(self, value: Value, name: str) -> None:
+        """Give a value another name; ShapeError if some other value has it."""
+        if name == value.name:
+            return
+        if name in self._names:
+            raise ShapeError(f"function {self.name!r} already has a value named {name!r}")
+        self._names.discard(value.name)
+        self._names.add(name)
+        value.name = name
+
+    def claim(self, name: str, value: Value) -> None:
+        """Give `value` this name; an op's output that has it now gets a fresh one. ShapeError if an input has it."""
+        for op in self.ops:
+            for v in op.outputs:
+                if v.name == name and v is not value:
+                    v.name = self.fresh(name)
+                    self._names.discard(name)
+        self.rename(value, name)
 
     def users(self) -> dict[Value, list[Op]]:
         """Which ops read each value (values that nobody reads are absent)."""
@@ -203,8 +245,14 @@ class Function:
 
         def attr(a: Any) -> Any:
             if isinstance(a, np.ndarray):
+                if a.dtype.kind == "f" and np.isnan(a).any():  # MIL text has one NaN: payloads do not count
+                    a = np.where(np.isnan(a), np.array(np.nan, a.dtype), a)
                 return ("ndarray", a.dtype.str, a.shape, a.tobytes())
-            return (type(a).__name__, a) if isinstance(a, (bool, int, float)) else a
+            if isinstance(a, tuple):
+                return tuple(attr(x) for x in a)
+            if isinstance(a, float):
+                return ("float", a.hex())  # equal to itself if NaN; -0.0 is not 0.0
+            return (type(a).__name__, a) if isinstance(a, (bool, int)) else a
 
         def operand(v: Operand) -> Any:
             return tuple(x.name for x in v) if isinstance(v, tuple) else v.name
@@ -233,6 +281,19 @@ class Function:
 
     def __repr__(self) -> str:
         return f"<Function {self.name}: {len(self.inputs)} inputs, {len(self.ops)} ops, {len(self.outputs)} outputs>"
+
+
+def copy_op(op: Op, into: Function, mapping: dict[Value, Value]) -> list[Value]:
+    """Append a copy of `op` to `into`, operands through `mapping`, which learns the outputs; returns them."""
+    inputs: dict[str, Operand] = {
+        k: tuple(mapping[x] for x in v) if isinstance(v, tuple) else mapping[v] for k, v in op.inputs.items()
+    }
+    outputs = into.append(op.kind, inputs, op.attrs, [o.type for o in op.outputs])
+    for old, new in zip(op.outputs, outputs, strict=True):
+        if old.name not in into._names:
+            into.rename(new, old.name)
+        mapping[old] = new
+    return outputs
 
 
 @dataclass(eq=True)

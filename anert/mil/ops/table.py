@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from anert.errors import ShapeError, UnsupportedError
-from anert.mil.graph import Function, Op, Operand, TensorType, Value
+from anert.mil.graph import DTYPES, Function, Op, Operand, TensorType, Value
 
 REQUIRED: Any = object()
 """Default of an argument that must be given."""
@@ -35,12 +35,16 @@ class Arg:
     kind: str = "tensor"
     type: str = ""
     default: Any = REQUIRED
+    since: str = "ios15"
+    """First opset that has the argument: printed for an older one only if it differs from its default, which is refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpDef:
     """A row of the table.
 
+    resolve(types, attrs) -> the attributes in the one spelling that the graph keeps (axes not negative, defaults that hang
+        on the rank filled in, reshape's -1 and 0 worked out); raises ShapeError. All that follows sees resolved attributes.
     infer(types, attrs) -> output types; raises ShapeError with what was expected and what came.
     numpy(inputs, attrs) -> array, or a tuple for several outputs. `inputs` maps argument names to arrays (tuples of arrays
         for variadic ones); float inputs arrive as float64 and float results are float64: the definition of the op.
@@ -50,6 +54,9 @@ class OpDef:
     category: what the CPU engine does with it: `elementwise`, `reduce`, `view` (no arithmetic: strides or a copy),
         `contract` (matmul-like), `const`, or `composite` (rewritten into others before lowering).
     backends: of `ane`, `cpu`, `reference`: who runs it.
+    decompose(inputs, attrs) -> Value: the same result from simpler ops, in the forms known to work on the ANE, appended to
+        the function that the operands belong to. Every `composite` row has one.
+    native: backends on which a composite is best left as it is.
     """
 
     kind: str
@@ -60,6 +67,9 @@ class OpDef:
     flops: Callable[[Types, Mapping[str, Any], Sequence[TensorType]], int] | None = None
     category: str = "elementwise"
     backends: frozenset[str] = frozenset({"ane", "cpu", "reference"})
+    resolve: Callable[[Types, Mapping[str, Any]], dict[str, Any]] | None = None
+    decompose: Callable[[Mapping[str, Any], Mapping[str, Any]], Value] | None = None
+    native: frozenset[str] = frozenset()
 
     def arg(self, name: str) -> Arg:
         for a in self.args:
@@ -104,36 +114,87 @@ def normalise(value: Any) -> Any:
     return value
 
 
+def fit(what: str, value: Any, dtype: str) -> np.ndarray:
+    """`value` as an array of `dtype`. Raises ShapeError if it is no number or does not fit (a finite fp16 stays finite)."""
+    a = np.asarray(value)
+    if a.dtype.kind not in "biuf":
+        raise ShapeError(f"{what} must be a number for {dtype}, got {value!r}")
+    with np.errstate(all="ignore"):
+        fitted = a.astype(DTYPES[dtype])
+    lost = np.isfinite(a) & ~np.isfinite(fitted) if dtype.startswith("fp") else fitted != a
+    if np.any(lost):
+        raise ShapeError(f"{what}: {a[lost].flat[0] if a.ndim else a} does not fit {dtype}: cast the operand or change the value")
+    return fitted
+
+
+def _scalar(what: str, kind: str, value: Any, dtype: str) -> Any:
+    """One attribute value checked against its MIL type; `fp` takes the value that `dtype` can hold."""
+    if kind == "fp" and not isinstance(value, (str, tuple)):
+        return float(fit(what, value, dtype if dtype in ("fp16", "fp32") else "fp32"))
+    expected = {"int32": int, "bool": bool, "string": str}.get(kind)
+    if expected is None or not isinstance(value, expected) or (kind == "int32" and isinstance(value, bool)):
+        raise ShapeError(f"{what} must be {kind}, got {value!r}")
+    if kind == "int32" and not -(1 << 31) <= value < 1 << 31:
+        raise ShapeError(f"{what} must fit int32, got {value}")
+    return value
+
+
+def attribute(kind: str, arg: Arg, value: Any, dtype: str) -> Any:
+    """An attribute in the form that the graph keeps: Python scalars and tuples of the MIL type of `arg`."""
+    what, value = f"{kind}: argument {arg.name!r}", normalise(value)
+    if value is None and arg.default is None:
+        return None
+    if arg.type.endswith("[]"):
+        items = value if isinstance(value, tuple) else (value,)
+        return tuple(_scalar(what, arg.type[:-2], v, dtype) for v in items)
+    return _scalar(what, arg.type, value, dtype)
+
+
+def _attributes(row: OpDef, given: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Every attribute of `row`: given or default, checked."""
+    for k in given:
+        if row.arg(k).kind != "attr":
+            raise ShapeError(f"{row.kind}: argument {k!r} must be a tensor")
+    attributes = {}
+    for a in row.args:
+        if a.kind == "attr":
+            if a.name not in given and a.default is REQUIRED:
+                raise ShapeError(f"{row.kind} needs the argument {a.name!r}")
+            attributes[a.name] = attribute(row.kind, a, given.get(a.name, a.default), dtype)
+    return attributes
+
+
+def _operands(row: OpDef, given: Mapping[str, Operand]) -> dict[str, Operand]:
+    """The tensor operands in argument order."""
+    for k, v in given.items():
+        kind = row.arg(k).kind
+        if kind == "attr":
+            raise ShapeError(f"{row.kind}: argument {k!r} must be a compile-time constant")
+        if (kind == "tensors") != isinstance(v, tuple) or v == ():
+            raise ShapeError(f"{row.kind}: argument {k!r} takes {'a tuple of tensors' if kind == 'tensors' else 'one tensor'}")
+    for a in row.args:
+        if a.kind != "attr" and a.name not in given and a.default is REQUIRED:
+            raise ShapeError(f"{row.kind} needs the operand {a.name!r}")
+    return {a.name: given[a.name] for a in row.args if a.name in given}
+
+
 def emit(kind: str, inputs: Mapping[str, Operand | None], attrs: Mapping[str, Any] | None = None,
          name: str | None = None, function: Function | None = None) -> list[Value]:  # fmt: skip
     """Check the arguments of an op against its row, infer its types, append it; returns its outputs.
 
-    Absent optional operands are dropped; absent attributes take their default, so that an op's attrs are always complete.
-    Raises ShapeError or UnsupportedError.
+    Absent optional operands are dropped; absent attributes take their default, and all are resolved, so that an op's attrs
+    are always complete. `const` needs `function`. Raises ShapeError or UnsupportedError.
     """
     row = lookup(kind)
-    given = {k: v for k, v in inputs.items() if v is not None}
-    attributes = {k: normalise(v) for k, v in (attrs or {}).items()}
-    for k in given:
-        if row.arg(k).kind == "attr":
-            raise ShapeError(f"{kind}: argument {k!r} must be a compile-time constant")
-    for k in attributes:
-        if row.arg(k).kind != "attr":
-            raise ShapeError(f"{kind}: argument {k!r} must be a tensor")
-    for a in row.args:
-        if a.kind == "attr":
-            if a.name not in attributes:
-                if a.default is REQUIRED:
-                    raise ShapeError(f"{kind} needs the argument {a.name!r}")
-                attributes[a.name] = a.default
-        elif a.name not in given and a.default is REQUIRED:
-            raise ShapeError(f"{kind} needs the operand {a.name!r}")
-    fn = function
-    for v in given.values():
-        fn = fn or (v[0].function if isinstance(v, tuple) else v.function)
+    operands = _operands(row, {k: v for k, v in inputs.items() if v is not None})
+    first = next((v[0] if isinstance(v, tuple) else v for v in operands.values()), None)
+    fn = first.function if first is not None else function
     if fn is None:
         raise ShapeError(f"{kind} has no operand: pass function=")
-    ordered = {a.name: given[a.name] for a in row.args if a.name in given}
-    attributes = {a.name: attributes[a.name] for a in row.args if a.kind == "attr"}
-    types = row.infer(types_of(ordered), attributes)
-    return fn.append(kind, ordered, attributes, types, name)
+    if kind == "const":
+        return [fn.const((attrs or {})["val"], name=name or "c")]
+    attributes = _attributes(row, attrs or {}, first.dtype if first is not None else "fp16")
+    types = types_of(operands)
+    if row.resolve is not None:
+        attributes.update(row.resolve(types, attributes))
+    return fn.append(kind, operands, attributes, row.infer(types, attributes), name)

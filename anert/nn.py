@@ -1,0 +1,135 @@
+"""Layers as compositions of MIL ops, in forms known to work on the Neural Engine (ane_facts 3.5): no slices by width, no
+`rsqrt`, no `reduce_mean`, explicit additive masks. Values are fp16-typed, (C, T): channels by positions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from anert.errors import ShapeError
+from anert.mil import ops
+from anert.mil.graph import Function, Value
+
+MASKED = -30000.0
+"""Added to a masked attention score: exp underflows to exactly 0, and it stays finite in fp16 with a score beside it."""
+
+
+class Positions:
+    """Where the T columns of a block's input stand: `batch` sequences of `seq_len`, one after another (N = batch * seq_len).
+
+    In training the rotation tables and the causal mask are constants of the program, made once per Function.
+    """
+
+    def __init__(self, seq_len: int, batch: int = 1, theta: float = 10000.0) -> None:
+        self.seq_len, self.batch, self.theta = seq_len, batch, theta
+        self._consts: dict[tuple[int, str, int], Value] = {}
+
+    def _const(self, fn: Function, kind: str, size: int, make: np.ndarray) -> Value:
+        key = (id(fn), kind, size)
+        value = self._consts.get(key)
+        if value is None or value.function is not fn:
+            value = self._consts[key] = fn.const(make, "fp16", kind)
+        return value
+
+    def rotation(self, fn: Function, head_dim: int) -> tuple[Value, Value]:
+        """cos and sin, each (head_dim, N): channels 2i and 2i+1 turn by position * theta^(-2i/head_dim) (Su et al. 2021)."""
+        frequency = self.theta ** (-np.arange(0, head_dim, 2) / head_dim)
+        angle = np.repeat(np.outer(frequency, np.arange(self.seq_len)), 2, axis=0)
+        angle = np.tile(angle, (1, self.batch))  # (hd, N)
+        return self._const(fn, "cos", head_dim, np.cos(angle)), self._const(fn, "sin", head_dim, np.sin(angle))
+
+    def mask(self, fn: Function) -> Value:
+        """(T, T) additive: 0 where key <= query, MASKED above the diagonal."""
+        t = self.seq_len
+        return self._const(fn, "mask", t, np.triu(np.full((t, t), MASKED), 1))
+
+
+def rmsnorm(x: Value, gain: Value, eps: float = 1e-5) -> Value:
+    """x / sqrt(mean(x^2) + eps) * gain over channels (Zhang & Sennrich 2019). x (C, T), gain (C, 1) -> (C, T).
+
+    Squares are taken of x / 16 and their sum divided by C / 256, both exact: 768 squared activations of 10 already pass 65504.
+    """
+    c = x.shape[0]
+    if gain.shape != (c, 1):
+        raise ShapeError(f"rmsnorm: gain is {gain.shape}, x {x.shape} needs ({c}, 1)")
+    small = x * 0.0625
+    mean = ops.real_div(ops.reduce_sum(small * small, axes=(0,), keep_dims=True), c / 256)  # (1, T)
+    return x * ops.pow(mean + eps, -0.5) * gain
+
+
+def layernorm(x: Value, gain: Value, bias: Value, eps: float = 1e-5) -> Value:
+    """(x - mean) / sqrt(var + eps) * gain + bias over channels (Ba et al. 2016). x (C, T); gain, bias (C, 1)."""
+    c = x.shape[0]
+    centred = x - ops.real_div(ops.reduce_sum(x, axes=(0,), keep_dims=True), float(c))
+    return rmsnorm(centred, gain, eps) + bias
+
+
+def silu(x: Value) -> Value:
+    """x * sigmoid(x), elementwise."""
+    return x * ops.sigmoid(x)
+
+
+def gelu(x: Value) -> Value:
+    """Gaussian error linear unit by tanh (Hendrycks & Gimpel 2016), elementwise."""
+    return ops.gelu(x, mode="TANH_APPROXIMATION")
+
+
+def heads(x: Value, n_heads: int) -> Value:
+    """(n * hd, N) -> (n, hd, N)."""
+    c, n = x.shape
+    if c % n_heads:
+        raise ShapeError(f"heads: {c} channels do not divide into {n_heads} heads")
+    return ops.reshape(x, shape=(n_heads, c // n_heads, n))
+
+
+def merge(x: Value) -> Value:
+    """(n, hd, N) -> (n * hd, N)."""
+    h, d, n = x.shape
+    return ops.reshape(x, shape=(h * d, n))
+
+
+def rope(x: Value, pos: Positions) -> Value:
+    """Rotary embedding over adjacent channel pairs (Su et al. 2021, llama2.c's order). x (n, hd, N) -> (n, hd, N).
+
+    The pair swap (a, b) -> (-b, a) is a grouped 1x1 convolution with a constant signed permutation: no slice, no gather.
+    """
+    n, hd, width = x.shape
+    if hd % 2:
+        raise ShapeError(f"rope: head_dim {hd} is odd")
+    cos, sin = pos.rotation(x.function, hd)
+    swap = np.zeros((hd, hd))
+    even = np.arange(0, hd, 2)
+    swap[even, even + 1], swap[even + 1, even] = -1.0, 1.0
+    weight = pos._const(x.function, "swap", n * hd, np.tile(swap, (n, 1))[:, :, None, None])  # (n*hd, hd, 1, 1)
+    flat = ops.reshape(x, shape=(1, n * hd, 1, width))
+    turned = ops.reshape(ops.conv(flat, weight, groups=n), shape=(n, hd, width))
+    return x * cos + turned * sin
+
+
+def causal_attention(q: Value, k: Value, v: Value, pos: Positions) -> Value:
+    """softmax(q^T k / sqrt(hd) + mask) v^T per head (Vaswani et al. 2017); grouped queries where k, v have fewer heads.
+
+    q (H, hd, N), k and v (KV, hd, N) with H a multiple of KV -> (H, hd, N). Sequences of a batch do not see each other.
+    """
+    h, hd, n = q.shape
+    kv = k.shape[0]
+    if h % kv or k.shape != v.shape or k.shape[1:] != (hd, n):
+        raise ShapeError(f"attention: q {q.shape} does not go with k {k.shape}, v {v.shape}")
+    t, b = pos.seq_len, pos.batch
+    if n != t * b:
+        raise ShapeError(f"attention: {n} positions are not {b} sequences of {t}")
+    group = (kv, h // kv) if h != kv else (h,)
+
+    def split(x: Value, lead: tuple[int, ...]) -> Value:
+        """(.., hd, N) -> ([B,] .., hd, T)."""
+        x = ops.reshape(x, shape=(*lead, hd, t) if b == 1 else (*lead, hd, b, t))
+        r = len(lead)
+        return x if b == 1 else ops.transpose(x, perm=(r + 1, *range(r + 1), r + 2))
+
+    q, k, v = split(q, group), split(k, group if h == kv else (kv, 1)), split(v, group if h == kv else (kv, 1))
+    scores = ops.matmul(q, k, transpose_x=True) * (hd**-0.5) + pos.mask(q.function)  # (.., T, T)
+    out = ops.matmul(v, ops.softmax(scores, axis=-1), transpose_y=True)  # (.., hd, T)
+    if b != 1:
+        r = len(group)
+        out = ops.transpose(out, perm=(*range(1, r + 2), 0, r + 2))
+    return ops.reshape(out, shape=(h, hd, n))

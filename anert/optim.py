@@ -1,0 +1,127 @@
+"""Optimizers: one fused native pass a Param, reading gradient and moments, writing master and every fp16 copy; and schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from anert.errors import InputError
+from anert import ffi
+from anert.ffi import call
+from anert.param import Param, ParamStore
+
+Schedule = Callable[[int], float]
+
+
+def warmup_cosine(lr: float, min_lr: float, warmup: int, steps: int) -> Schedule:
+    """lr(step) for optimizer steps 0, 1, ...: linear to `lr` over `warmup` steps, then a half cosine to `min_lr` at `steps`."""
+
+    def at(step: int) -> float:
+        if step < warmup:
+            return lr * (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return min_lr + 0.5 * (lr - min_lr) * (1.0 + math.cos(math.pi * progress))
+
+    return at
+
+
+def _float(array: object) -> object:
+    return ffi.ffi.cast("float *", array.ctypes.data)  # type: ignore[attr-defined]
+
+
+class Optimizer:
+    """Base: `step` updates every Param of a store; subclasses say how one is updated."""
+
+    name = ""
+
+    def __init__(self, store: ParamStore, beta1: float, beta2: float, eps: float, weight_decay: float) -> None:
+        for label, beta in (("beta1", beta1), ("beta2", beta2)):
+            if not 0.0 <= beta < 1.0:
+                raise InputError(f"{label} must be in [0, 1), got {beta}")
+        self.store, self.t = store, 0
+        self.weight_decay = weight_decay
+        self.args = ffi.ffi.new("anert_adamw_args *", {"beta1": beta1, "beta2": beta2, "eps": eps})
+        self._clamped = ffi.ffi.new("uint64_t *")
+        self._sum, self._finite = ffi.ffi.new("double *"), ffi.ffi.new("int32_t *")
+
+    def grad_norm(self) -> tuple[float, bool]:
+        """Global L2 norm of the gradients (float64 sum in fixed order), and whether all are finite."""
+        grads = self.store.grads
+        assert grads is not None
+        call(ffi.lib.anert_sum_squares, self.store.pool.ptr, _float(grads), grads.size, self._sum, self._finite)
+        return math.sqrt(self._sum[0]) if self._sum[0] >= 0 else math.nan, bool(self._finite[0])
+
+    def step(self, lr: float, grad_scale: float) -> int:
+        """Update all Params with gradients times `grad_scale`; returns how many weights were clamped on their way to fp16."""
+        self.t += 1
+        a = self.args
+        a.lr, a.grad_scale = lr, grad_scale
+        a.bias1, a.bias2 = 1.0 - a.beta1**self.t, 1.0 - a.beta2**self.t
+        total = 0
+        for p in self.store.values():
+            a.weight_decay = self.weight_decay if p.spec.decay else 0.0
+            self.update(p)
+            p.touched()
+            total += self._clamped[0]
+        return total
+
+    def update(self, p: Param) -> None:
+        raise NotImplementedError
+
+
+class AdamW(Optimizer):
+    """m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w -= lr (m^ / (sqrt(v^) + eps) + wd w) (Loshchilov & Hutter 2019)."""
+
+    name = "adamw"
+
+    def update(self, p: Param) -> None:
+        array, n = p.native
+        call(ffi.lib.anert_adamw, self.store.pool.ptr, _float(p.master), _float(p.m), _float(p.v), _float(p.grad),
+             p.rows, p.cols, self.args[0], array, n, self._clamped)  # fmt: skip
+
+
+class Lion(Optimizer):
+    """w -= lr (sign(b1 m + (1-b1) g) + wd w); m = b2 m + (1-b2) g (Chen et al. 2023)."""
+
+    name = "lion"
+
+    def update(self, p: Param) -> None:
+        array, n = p.native
+        call(ffi.lib.anert_lion, self.store.pool.ptr, _float(p.master), _float(p.m), _float(p.grad),
+             p.rows, p.cols, self.args[0], array, n, self._clamped)  # fmt: skip
+
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {c.name: c for c in (AdamW, Lion)}
+
+
+class LossScale:
+    """Dynamic loss scale (Micikevicius et al. 2018): halved when a step overflows, doubled after `window` good ones.
+
+    A scale given as a number stays. It changes between optimizer steps only.
+    """
+
+    def __init__(self, value: str = "dynamic", window: int = 500) -> None:
+        self.dynamic = value == "dynamic"
+        self.window, self.good = window, 0
+        try:
+            self.scale = 1024.0 if self.dynamic else float(value)
+        except ValueError:
+            raise InputError(f"--loss-scale takes `dynamic` or a number, got {value!r}") from None
+        if not self.scale > 0 or math.isinf(self.scale):
+            raise InputError(f"--loss-scale must be a positive number, got {value!r}")
+
+    def update(self, finite: bool) -> None:
+        if not self.dynamic:
+            return
+        if not finite:
+            self.scale, self.good = max(self.scale / 2, 2.0**-14), 0
+        else:
+            self.good += 1
+            if self.good >= self.window:
+                self.scale, self.good = min(self.scale * 2, 2.0**24), 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale, "good": self.good}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.scale, self.good = float(state["scale"]), int(state["good"])

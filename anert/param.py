@@ -1,0 +1,182 @@
+"""Param: an fp32 master, its gradient and moments, and the fp16 copies that programs read.
+
+All masters lie in one buffer, all gradients in another, so that a norm or a checkpoint is one pass. A copy is written when
+the optimizer steps or weights are loaded, and at no other time.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from anert.errors import InputError, ShapeError
+from anert import ffi
+from anert.ffi import Pool, call
+from anert.kernel import Slot
+from anert.surface import Heap, Surface
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """What a model declares of a parameter: shape (rows, cols), initial values, whether weight decay applies.
+
+    `std`: normal with this deviation; None: constant `fill`.
+    """
+
+    shape: tuple[int, int]
+    std: float | None = 0.02
+    fill: float = 0.0
+    decay: bool = True
+
+    @classmethod
+    def normal(cls, rows: int, cols: int, std: float = 0.02) -> Spec:
+        """A weight matrix (out, in), N(0, std), decayed."""
+        return cls((rows, cols), std)
+
+    @classmethod
+    def ones(cls, n: int) -> Spec:
+        """A gain (n, 1), not decayed."""
+        return cls((n, 1), None, 1.0, decay=False)
+
+    @classmethod
+    def zeros(cls, n: int) -> Spec:
+        """A bias (n, 1), not decayed."""
+        return cls((n, 1), None, 0.0, decay=False)
+
+    @property
+    def size(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+class Param:
+    """A named parameter; `master` and, in training, `grad`, `m`, `v` are fp32 (rows, cols) views of the store's buffers."""
+
+    def __init__(self, name: str, spec: Spec, master: np.ndarray) -> None:
+        self.name, self.spec, self.master = name, spec, master
+        self.rows, self.cols = spec.shape
+        self.grad: np.ndarray | None = None
+        self.m: np.ndarray | None = None
+        self.v: np.ndarray | None = None
+        self.placements: list[tuple[Surface, Slot]] = []
+        self._native: Any = None
+
+    def place(self, surface: Surface, slot: Slot) -> None:
+        """Keep an fp16 copy at `slot` of `surface` from now on. ShapeError if the slot has another shape or leaves the surface."""
+        if (slot.rows, slot.cols) != (self.rows, self.cols):
+            raise ShapeError(f"{self.name} is {self.spec.shape}, its slot in {slot.port} is ({slot.rows}, {slot.cols})")
+        last = slot.offset + (self.rows - 1) * slot.row_stride + (self.cols - 1) * slot.col_stride + slot.broadcast
+        if last * 2 > surface.nbytes:
+            raise ShapeError(f"{self.name}: slot of {slot.port} ends at byte {last * 2}, the surface has {surface.nbytes}")
+        self.placements.append((surface, slot))
+        self._native = None
+
+    @property
+    def native(self) -> tuple[Any, int]:
+        """The placements as anert_placement[], and their number."""
+        if self._native is None:
+            array = ffi.ffi.new("anert_placement[]", max(1, len(self.placements)))
+            for item, (surface, slot) in zip(array, self.placements, strict=False):
+                item.base = ffi.ffi.cast("uint16_t *", surface.ptr) + slot.offset
+                item.row_stride, item.col_stride, item.broadcast = slot.row_stride, slot.col_stride, slot.broadcast
+            self._native = array
+        return self._native, len(self.placements)
+
+    def touched(self) -> None:
+        """Advance the seeds of the surfaces that hold copies: a native pass has written them."""
+        for surface, _ in self.placements:
+            surface.touch()
+
+    def __repr__(self) -> str:
+        return f"<Param {self.name} {self.spec.shape}>"
+
+
+class ParamStore(Mapping[str, Param]):
+    """All parameters of a model, in declaration order."""
+
+    ALIGN = 16  # fp32 elements: 64 bytes
+
+    def __init__(self, heap: Heap, pool: Pool, specs: Mapping[str, Spec], train: bool) -> None:
+        self.heap, self.pool = heap, pool
+        self.offsets: dict[str, int] = {}
+        at = 0
+        for name, spec in specs.items():
+            if min(spec.shape) < 1:
+                raise ShapeError(f"parameter {name} has shape {spec.shape}: both sides must be at least 1")
+            self.offsets[name] = at
+            at += math.ceil(spec.size / self.ALIGN) * self.ALIGN
+        self.size = at
+        self._params: dict[str, Param] = {}
+        self.master = self._buffer()
+        self.grads = self._buffer() if train else None
+        moments = (self._buffer(), self._buffer()) if train else None
+        for name, spec in specs.items():
+            p = self._params[name] = Param(name, spec, self._view(self.master, name, spec))
+            if self.grads is not None and moments is not None:
+                p.grad = self._view(self.grads, name, spec)
+                p.m, p.v = self._view(moments[0], name, spec), self._view(moments[1], name, spec)
+        self.n_params = sum(spec.size for spec in specs.values())
+        self._copies: dict[tuple[str, Slot, int], Surface] = {}
+
+    def _buffer(self) -> np.ndarray:
+        return Surface(self.heap, max(1, self.size) * 4).array(np.float32, (self.size,))
+
+    def _view(self, flat: np.ndarray, name: str, spec: Spec) -> np.ndarray:
+        start = self.offsets[name]
+        return flat[start : start + spec.size].reshape(spec.shape)
+
+    def __getitem__(self, name: str) -> Param:
+        return self._params[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._params)
+
+    def __len__(self) -> int:
+        return len(self._params)
+
+    def copy_of(self, name: str, slot: Slot, nbytes: int, make: Callable[[int], Surface]) -> Surface:
+        """The surface that holds parameter `name` alone, laid out as `slot`: one for all programs that read it so."""
+        key = (name, Slot("", slot.rows, slot.cols, slot.offset, slot.row_stride, slot.col_stride, slot.broadcast), nbytes)
+        surface = self._copies.get(key)
+        if surface is None:
+            surface = self._copies[key] = make(nbytes)
+            self[name].place(surface, slot)
+        return surface
+
+    def initialise(self, seed: int) -> None:
+        """Draw initial values; each parameter has its own stream, so that adding one changes no other."""
+        for p in self.values():
+            if p.spec.std is None:
+                p.master[...] = p.spec.fill
+            else:
+                rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(p.name.encode())]))
+                p.master[...] = rng.standard_normal(p.spec.shape, dtype=np.float32) * np.float32(p.spec.std)
+
+    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Copy tensors of the same names and sizes into the masters. InputError names what is missing or misshapen."""
+        for name, p in self.items():
+            if name not in tensors:
+                raise InputError(f"the checkpoint has no tensor {name!r} that this model needs")
+            source = np.asarray(tensors[name])
+            if source.size != p.spec.size:
+                raise InputError(f"tensor {name!r} is {source.shape} in the checkpoint, the model needs {p.spec.shape}")
+            p.master[...] = source.reshape(p.spec.shape)
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """Name -> master, as saved: vectors (n, 1) as (n,)."""
+        return {name: p.master[:, 0] if p.cols == 1 else p.master for name, p in self.items()}
+
+    def sync(self) -> int:
+        """Write every master to its copies; returns how many weights were clamped to +-65504."""
+        clamped = ffi.ffi.new("uint64_t *")
+        total = 0
+        for p in self.values():
+            array, n = p.native
+            call(ffi.lib.anert_param_sync, self.pool.ptr, ffi.ffi.cast("float *", p.master.ctypes.data), p.rows, p.cols, array, n, clamped)
+            p.touched()
+            total += clamped[0]
+        return total

@@ -1,0 +1,16 @@
+"""Tokenizers in Python and `regex`: Llama (SentencePiece BPE) and byte-level BPE (GPT-2, tiktoken), exact to the id."""
+
+from anert.tokenizer.base import StreamDecoder, Tokenizer
+from anert.tokenizer.byte_bpe import END_OF_TEXT, PATTERNS, ByteBPETokenizer
+from anert.tokenizer.llama import LlamaTokenizer
+from anert.tokenizer.load import load_tokenizer
+
+__all__ = [
+    "END_OF_TEXT",
+    "PATTERNS",
+    "ByteBPETokenizer",
+    "LlamaTokenizer",
+    "StreamDecoder",
+    "Tokenizer",
+    "load_tokenizer",
+]

@@ -1,0 +1,157 @@
+"""What every tokenizer offers, and streaming UTF-8 decoding."""
+
+from __future__ import annotations
+
+import abc
+import codecs
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from anert.errors import InputError
+
+CACHE_WORDS = 1 << 18
+CACHE_CHARS = 64
+SEGMENT = 1 << 16
+"""Characters of a long document that are encoded at a time."""
+
+
+class WordCache(dict[str, list[int]]):
+    """Word -> ids. Bounded: emptied when full; words over CACHE_CHARS are not kept."""
+
+    def __init__(self, encode_word: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self.encode_word = encode_word
+
+    def __missing__(self, word: str) -> list[int]:
+        ids = self.encode_word(word)
+        if len(word) <= CACHE_CHARS:
+            if len(self) >= CACHE_WORDS:
+                self.clear()
+            self[word] = ids
+        return ids
+
+
+def replace_surrogates(text: str) -> str:
+    """Lone surrogates, which UTF-8 cannot hold, as U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def utf8_prefix(data: bytes, final: bool, per_byte: bool) -> tuple[str, bytes]:
+    """Decode what is decodable: (text, bytes of a character that is not complete yet).
+
+    Invalid bytes become U+FFFD: one for each byte (SentencePiece) or one for each maximal part (WHATWG, Rust, Python).
+    final: nothing follows, so the rest is invalid and comes as U+FFFD too.
+    """
+    out: list[str] = []
+    view, at = memoryview(data), 0
+    while at < len(data):
+        try:
+            text, used = codecs.utf_8_decode(view[at:], "strict", final)
+        except UnicodeDecodeError as e:
+            out += [str(view[at : at + e.start], "utf-8"), "\ufffd"]
+            at += e.start + (1 if per_byte else e.end - e.start)
+            continue
+        out.append(text)
+        return "".join(out), data[at + used :]
+    return "".join(out), b""
+
+
+class StreamDecoder:
+    """Ids in, text out, one at a time; never half a character. `push` returns "" while a character is incomplete.
+
+    The texts of all `push` calls and the last `flush` together equal `decode` of all ids.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], per_byte: bool) -> None:
+        self.token_bytes, self._per_byte = token_bytes, per_byte
+        self._pending = b""
+
+    def push(self, token: int) -> str:
+        text, self._pending = utf8_prefix(self._pending + self.token_bytes(token), False, self._per_byte)
+        return text
+
+    def flush(self) -> str:
+        """Text of an unfinished character: U+FFFD."""
+        text, self._pending = utf8_prefix(self._pending, True, self._per_byte)
+        return text
+
+
+class Tokenizer(abc.ABC):
+    """Text to ids and back.
+
+    kind: `llama` or `byte-bpe`. bos_id, eos_id: -1 where the vocabulary has none. suffix: of the file that `save` writes.
+    hash: sha256 (hex) of the canonical content: equal for two files of different formats that tokenize alike.
+    """
+
+    kind: str
+    suffix: str
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    hash: str
+    _per_byte: bool
+
+    @abc.abstractmethod
+    def token_bytes(self, token: int) -> bytes:
+        """Bytes that a token stands for (b"" for control tokens). Raises InputError past the vocabulary."""
+
+    @abc.abstractmethod
+    def save(self, path: Path | str) -> None:
+        """Write the file that `load_tokenizer` reads back to an equal tokenizer."""
+
+    @abc.abstractmethod
+    def _encode(self, text: str, first: bool) -> list[int]:
+        """Ids of a text, or (first False) of the continuation of one."""
+
+    @abc.abstractmethod
+    def _cut(self, text: str) -> int:
+        """Rightmost position where text may be cut without changing its ids, whatever follows; 0: nowhere."""
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Ids of a text. Text that looks like a special token is plain text here.
+
+        Raises InputError where bos or eos is asked and the vocabulary has none."""
+        ids = self._encode(text, True)
+        if bos:
+            ids.insert(0, self._special("bos", self.bos_id))
+        if eos:
+            ids.append(self._special("eos", self.eos_id))
+        return ids
+
+    def encode_pieces(self, pieces: Iterable[str], bos: bool = False, eos: bool = False) -> Iterator[list[int]]:
+        """`encode` of the pieces' concatenation, in parts and in bounded memory wherever the text can be cut."""
+        if bos:
+            yield [self._special("bos", self.bos_id)]
+        held, first, limit = "", True, SEGMENT
+        for piece in pieces:
+            held += piece
+            if len(held) < limit:
+                continue
+            if cut := self._cut(held):
+                yield self._encode(held[:cut], first)
+                held, first, limit = held[cut:], False, SEGMENT
+            else:
+                limit = 2 * len(held)
+        if held:
+            yield self._encode(held, first)
+        if eos:
+            yield [self._special("eos", self.eos_id)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; invalid UTF-8 comes as U+FFFD. Raises InputError for an id past the vocabulary."""
+        stream = self.decode_stream()
+        return utf8_prefix(b"".join(map(stream.token_bytes, ids)), True, self._per_byte)[0]
+
+    def decode_stream(self) -> StreamDecoder:
+        """A decoder that takes one id at a time. Push the prompt first to continue it."""
+        return StreamDecoder(self.token_bytes, self._per_byte)
+
+    def _special(self, name: str, token: int) -> int:
+        if token < 0:
+            raise InputError(f"this {self.kind} tokenizer has no {name} token: encode without {name}")
+        return token
+
+    def _check_id(self, token: int) -> int:
+        if not 0 <= token < self.vocab_size:
+            raise InputError(f"token id {token} is past the vocabulary of {self.vocab_size} tokens")
+        return int(token)

@@ -1,0 +1,202 @@
+"""Byte-level BPE as GPT-2 and tiktoken do it: split by a pattern, then merge bytes by rank within each part."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import regex
+
+from anert.errors import InputError
+from anert.tokenizer.base import Tokenizer, WordCache, replace_surrogates
+from anert.tokenizer.merge import Merges
+
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+"""Split patterns by name (GPT-2 encoder.py; tiktoken openai_public.py). Both take every character."""
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Everything that decides the ids.
+
+    tokens: bytes of every id, b"" for the ids of specials. merges: pairs of ids in order of rank. splits: patterns, each
+    applied to the parts that the one before left. whole_words: a part that is itself a token is not merged at all.
+    results: of the merges, where they are not the tokens' own concatenations in order.
+    """
+
+    tokens: tuple[bytes, ...]
+    merges: tuple[tuple[int, int], ...]
+    splits: tuple[str, ...]
+    specials: Mapping[str, int] = field(default_factory=dict)
+    bos_id: int = -1
+    eos_id: int = -1
+    whole_words: bool = False
+    add_prefix_space: bool = False
+
+
+class ByteBPETokenizer(Tokenizer):
+    """Byte-level BPE. Read one with `load_tokenizer`, or `train` one."""
+
+    kind = "byte-bpe"
+    suffix = ".json"
+    _per_byte = False
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        """Raises InputError where a byte or the result of a merge has no id."""
+        v = self.vocabulary = vocabulary
+        self.vocab_size, self.bos_id, self.eos_id = len(v.tokens), v.bos_id, v.eos_id
+        self.specials = dict(v.specials)
+        special_ids = set(self.specials.values())
+        self._ids = {t: i for i, t in reversed(list(enumerate(v.tokens))) if t and i not in special_ids}
+        missing = [b for b in range(256) if bytes([b]) not in self._ids]
+        if missing:
+            raise InputError(f"vocabulary has no token for byte 0x{missing[0]:02X}: not a byte-level BPE")
+        self._byte_ids = [self._ids[bytes([b])] for b in range(256)]
+        self._bytes = list(v.tokens)
+        for text, i in self.specials.items():
+            self._bytes[i] = text.encode()
+        self._merges = merge_table(v, self._ids)
+        self._splits = [regex.compile(s) for s in v.splits]
+        self._covers = len(v.splits) == 1 and v.splits[0] in PATTERNS.values()
+        self._special_pattern = any_special(self.specials)
+        self._cache = WordCache(self._encode_word)
+
+    @functools.cached_property
+    def hash(self) -> str:  # type: ignore[override]
+        v = self.vocabulary
+        content = [
+            [t.hex() for t in v.tokens],
+            v.merges,
+            v.splits,
+            sorted(v.specials.items()),
+            [v.bos_id, v.eos_id, v.whole_words, v.add_prefix_space],
+        ]
+        return hashlib.sha256(b"anert byte-bpe 1\n" + json.dumps(content).encode()).hexdigest()
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        pattern: str = "gpt2",
+        specials: Sequence[str] = (END_OF_TEXT,),
+        progress: Callable[[float, float], None] | None = None,
+    ) -> ByteBPETokenizer:
+        """Learn merges from texts; fewer tokens than asked where no pair occurs twice.
+
+        pattern: a name of PATTERNS, or a pattern. Ids: bytes, merges in order, specials last; the first special is bos
+        and eos. progress(merges done, merges asked). Raises InputError for a vocab_size under 256 + len(specials).
+        """
+        from anert.tokenizer.bpe_train import learn_merges
+
+        n = vocab_size - 256 - len(specials)
+        if n < 0:
+            least = 256 + len(specials)
+            raise InputError(f"vocabulary of {vocab_size}: byte-level BPE needs at least {least} (bytes and specials)")
+        split = PATTERNS.get(pattern, pattern)
+        merges = learn_merges(texts, n, split, specials, progress)
+        tokens = [bytes([b]) for b in range(256)]
+        for a, b in merges:
+            tokens.append(tokens[a] + tokens[b])
+        ids = {s: len(tokens) + i for i, s in enumerate(specials)}
+        end = len(tokens) if specials else -1
+        return cls(Vocabulary((*tokens, *(b"" for _ in specials)), tuple(merges), (split,), ids, end, end))
+
+    @classmethod
+    def from_ranks(
+        cls, ranks: Mapping[bytes, int], pattern: str = "cl100k", specials: Mapping[str, int] | None = None
+    ) -> ByteBPETokenizer:
+        """tiktoken's form: bytes -> rank, where any two neighbours merge whose concatenation has a rank."""
+        from anert.tokenizer.byte_files import ranks_to_vocabulary
+
+        return cls(ranks_to_vocabulary(ranks, PATTERNS.get(pattern, pattern), specials or {}))
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._bytes[self._check_id(token)]
+
+    def save(self, path: Path | str) -> None:
+        """Write our JSON: one token a line, in GPT-2's visible alphabet."""
+        from anert.tokenizer.byte_files import to_json
+
+        Path(path).write_text(to_json(self.vocabulary), encoding="utf-8")
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        """Ids of a text in which special tokens count as such. For text that a program wrote, never a user's."""
+        if self._special_pattern is None:
+            return self._encode(text, True)
+        ids: list[int] = []
+        at = 0
+        for match in self._special_pattern.finditer(text):
+            ids += self._encode(text[at : match.start()], at == 0)
+            ids.append(self.specials[match[0]])
+            at = match.end()
+        return ids + self._encode(text[at:], at == 0)
+
+    def _encode(self, text: str, first: bool) -> list[int]:
+        if first and text and self.vocabulary.add_prefix_space and not text[0].isspace():
+            text = " " + text
+        words = self._splits[0].findall(text) if self._covers else self._split(text)
+        return list(chain.from_iterable(map(self._cache.__getitem__, words)))
+
+    def _split(self, text: str) -> list[str]:
+        parts = [text]
+        for pattern in self._splits:
+            parts = [p for part in parts for p in split_around(pattern, part)]
+        return parts
+
+    def _encode_word(self, word: str) -> list[int]:
+        try:
+            data = word.encode()
+        except UnicodeEncodeError:
+            data = replace_surrogates(word).encode()
+        if self.vocabulary.whole_words and (whole := self._ids.get(data)) is not None:
+            return [whole]
+        return self._merges.apply([self._byte_ids[b] for b in data])
+
+    def _cut(self, text: str) -> int:
+        if self._splits and self.vocabulary.splits[-1] in PATTERNS.values():
+            # A letter ends its part before a space in both patterns, and no lookahead follows a letter.
+            match = regex.search(r"(?r)\p{L} ", text)
+            return match.start() + 1 if match else 0
+        return 0
+
+
+def merge_table(v: Vocabulary, ids: Mapping[bytes, int]) -> Merges:
+    """Pairs with their ranks and results. Raises InputError for a merge into bytes without an id."""
+    rank: dict[tuple[int, int], int] = {}
+    result: dict[tuple[int, int], int] = {}
+    for r, (a, b) in enumerate(v.merges):
+        merged = ids.get(v.tokens[a] + v.tokens[b])
+        if merged is None:
+            raise InputError(f"merge {r} makes {(v.tokens[a] + v.tokens[b])!r}, which has no id in the vocabulary")
+        rank.setdefault((a, b), r)
+        result[a, b] = merged
+    return Merges(rank, result)
+
+
+def any_special(specials: Iterable[str]) -> regex.Pattern[str] | None:
+    """Pattern of the specials, the longest first."""
+    longest_first = sorted(filter(None, specials), key=len, reverse=True)
+    return regex.compile("|".join(map(regex.escape, longest_first))) if longest_first else None
+
+
+def split_around(pattern: regex.Pattern[str], text: str) -> list[str]:
+    """Matches of a pattern and what lies between them, in order, without empty parts."""
+    parts: list[str] = []
+    at = 0
+    for match in pattern.finditer(text):
+        parts += [text[at : match.start()], match[0]]
+        at = match.end()
+    parts.append(text[at:])
+    return [p for p in parts if p]

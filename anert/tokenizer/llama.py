@@ -1,0 +1,196 @@
+"""Llama's tokenizer: BPE by piece scores with SentencePiece's rules.
+
+Semantics: SentencePiece 0.2 (src/bpe_model.cc, src/sentencepiece_processor.cc). Where llama2.c's run.c differs (U+2581 in the
+input, unknown tokens on decoding) SentencePiece is followed. In here U+2581 is a plain space, as in tokenizer.bin.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import regex
+
+from anert.tokenizer.base import StreamDecoder, Tokenizer, WordCache, replace_surrogates
+from anert.tokenizer.merge import Merges
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+"""Types of pieces, numbered as in sentencepiece_model.proto."""
+
+UNKNOWN_TEXT = " \u2047 ".encode()
+CHARACTER = 1 << 24
+"""A character without a piece of its own is the symbol CHARACTER + its code point."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """What a SentencePiece BPE model says. pieces: text of every id, a plain space for U+2581."""
+
+    pieces: tuple[str, ...]
+    scores: tuple[float, ...]
+    types: tuple[int, ...]
+    bos_id: int = 1
+    eos_id: int = 2
+    unk_id: int = 0
+    byte_fallback: bool = True
+    add_dummy_prefix: bool = True
+    remove_extra_whitespaces: bool = False
+
+
+class LlamaTokenizer(Tokenizer):
+    """SentencePiece BPE with dummy prefix and byte fallback. Read one with `load_tokenizer`."""
+
+    kind = "llama"
+    _per_byte = True
+
+    def __init__(self, model: Pieces, source: bytes = b"", suffix: str = ".bin") -> None:
+        """source: the file it was read from, which `save` writes back byte for byte."""
+        self.model, self._source, self.suffix = model, source, suffix
+        self.vocab_size, self.bos_id, self.eos_id = len(model.pieces), model.bos_id, model.eos_id
+        self._bytes = list(map(piece_bytes, model.pieces, model.types))
+        self._byte_ids = find_byte_ids(model) if model.byte_fallback else []
+        ids: dict[str, int] = {}
+        for i, piece in enumerate(model.pieces):
+            if model.types[i] == NORMAL:
+                ids.setdefault(piece, i)
+        self._ids = {c: i for c, i in ids.items() if len(c) == 1}
+        self._merges = merge_table(model, ids)
+        self._frozen = {p: i for i, p in enumerate(model.pieces) if model.types[i] == USER_DEFINED}
+        self._frozen_pattern = any_of(self._frozen)
+        self._words = word_pattern(piece for piece in ids if len(piece) > 1)
+        self._cache = WordCache(self._encode_word)
+
+    @functools.cached_property
+    def hash(self) -> str:  # type: ignore[override]
+        m, digest = self.model, hashlib.sha256(b"anert llama tokenizer 1\n")
+        flags = (m.byte_fallback, m.add_dummy_prefix, m.remove_extra_whitespaces)
+        digest.update(struct.pack("<4i3?", len(m.pieces), m.bos_id, m.eos_id, m.unk_id, *flags))
+        for piece, score, kind in zip(m.pieces, m.scores, m.types, strict=True):
+            text = piece.encode()
+            digest.update(struct.pack("<fBi", score + 0.0, kind, len(text)) + text)
+        return digest.hexdigest()
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._bytes[self._check_id(token)]
+
+    def save(self, path: Path | str) -> None:
+        """Write the file it was read from; llama2.c's tokenizer.bin where the name ends in .bin."""
+        from anert.tokenizer.llama_files import write_bin
+
+        as_bin = Path(path).suffix == ".bin" or not self._source
+        keep = self._source and as_bin == (self.suffix == ".bin")
+        Path(path).write_bytes(self._source if keep else write_bin(self.model))
+
+    def decode_stream(self) -> StreamDecoder:
+        """As SentencePiece: the text loses the one leading space that the dummy prefix gave it."""
+        model = self.model
+        at_start = model.add_dummy_prefix or model.remove_extra_whitespaces
+
+        def bytes_of(token: int) -> bytes:
+            nonlocal at_start
+            data = self.token_bytes(token)
+            if at_start and model.types[token] != CONTROL:
+                if model.types[token] in (NORMAL, USER_DEFINED):
+                    data = data.removeprefix(b" ")
+                at_start = model.remove_extra_whitespaces and not data
+            return data
+
+        return StreamDecoder(bytes_of, self._per_byte)
+
+    def _encode(self, text: str, first: bool) -> list[int]:
+        text = self._normalize(text, first)
+        if self._frozen_pattern is None:
+            return self._encode_span(text)
+        ids: list[int] = []
+        at = 0
+        for match in self._frozen_pattern.finditer(text):
+            ids += self._encode_span(text[at : match.start()])
+            ids.append(self._frozen[match[0]])
+            at = match.end()
+        return ids + self._encode_span(text[at:])
+
+    def _normalize(self, text: str, first: bool) -> str:
+        if self.model.remove_extra_whitespaces:
+            text = regex.sub(" +", " ", text.strip(" ")).replace("\u2581", " ").rstrip(" ")
+        else:
+            text = text.replace("\u2581", " ")
+        return " " + text if first and text and self.model.add_dummy_prefix else text
+
+    def _encode_span(self, text: str) -> list[int]:
+        words = [text] if self._words is None else self._words.findall(text)
+        ids = list(chain.from_iterable(map(self._cache.__getitem__, words)))
+        return ids if self._byte_ids else join_unknown(ids, self.model.unk_id)
+
+    def _encode_word(self, word: str) -> list[int]:
+        ids = self._ids
+        symbols = [ids[c] if c in ids else CHARACTER + ord(c) for c in word]
+        out: list[int] = []
+        for symbol in self._merges.apply(symbols):
+            if symbol < CHARACTER:
+                out.append(symbol)
+            elif self._byte_ids:
+                out += [self._byte_ids[b] for b in replace_surrogates(chr(symbol - CHARACTER)).encode()]
+            else:
+                out.append(self.model.unk_id)
+        return out
+
+    def _cut(self, text: str) -> int:
+        if self._words is None or self._frozen or self.model.remove_extra_whitespaces:
+            return 0
+        match = regex.search("(?r)[^ \u2581][ \u2581]", text)
+        return match.start() + 1 if match else 0
+
+
+def piece_bytes(piece: str, kind: int) -> bytes:
+    """What a piece decodes to, before the leading space is dropped."""
+    if kind == BYTE:
+        return bytes([int(piece[3:5], 16)])
+    if kind == UNKNOWN:
+        return UNKNOWN_TEXT
+    return b"" if kind == CONTROL else piece.encode()
+
+
+def find_byte_ids(model: Pieces) -> list[int]:
+    """Ids of the 256 byte pieces in order of the byte; empty unless all are there."""
+    found = {int(p[3:5], 16): i for i, (p, t) in enumerate(zip(model.pieces, model.types, strict=True)) if t == BYTE}
+    return [found[b] for b in range(256)] if len(found) == 256 else []
+
+
+def merge_table(model: Pieces, ids: dict[str, int]) -> Merges:
+    """Every way to put a piece together from two symbols; the higher score first. ids: the pieces that may merge."""
+    order = {score: r for r, score in enumerate(sorted({model.scores[i] for i in ids.values()}, reverse=True))}
+    symbols = ids | {c: CHARACTER + ord(c) for c in set().union(*ids) - ids.keys()}
+    rank: dict[tuple[int, int], int] = {}
+    result: dict[tuple[int, int], int] = {}
+    for piece, i in ids.items():
+        r = order[model.scores[i]]
+        for k in range(1, len(piece)):
+            left, right = symbols.get(piece[:k]), symbols.get(piece[k:])
+            if left is not None and right is not None:
+                rank[left, right], result[left, right] = r, i
+    return Merges(rank, result)
+
+
+def any_of(pieces: Iterable[str]) -> regex.Pattern[str] | None:
+    """Pattern of the longest of some pieces."""
+    longest_first = sorted(pieces, key=len, reverse=True)
+    return regex.compile("|".join(map(regex.escape, longest_first))) if longest_first else None
+
+
+def word_pattern(pieces: Iterable[str]) -> regex.Pattern[str] | None:
+    """Words that no piece can reach across: spaces and what follows them; None where some piece has a space after text."""
+    joined = "\0\0".join(pieces)
+    if regex.search("[^ \0] ", joined):
+        return None
+    alone = "".join(c for c in "\n\r\t" if c not in joined)
+    return regex.compile(f" *[^ {alone}]+| +|[{alone}]" if alone else " *[^ ]+| +")
+
+
+def join_unknown(ids: Sequence[int], unk: int) -> list[int]:
+    """Without byte fallback a run of unknown characters is one unknown token."""
+    return [t for i, t in enumerate(ids) if t != unk or i == 0 or ids[i - 1] != unk]

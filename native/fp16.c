@@ -1,0 +1,197 @@
+/* fp16.c: conversions between fp32 and fp16 over rows, matrices and transposed matrices, one owner per chunk or block. */
+#include "internal.h"
+
+enum { CHUNK = 1 << 16, BLOCK = 64, CLAMP_ROW = 1024 };
+
+void anert_fp16_down(const float *src, uint16_t *dst, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        dst[i] = anert_half(src[i]);
+}
+
+void anert_fp16_up(const uint16_t *src, float *dst, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        dst[i] = anert_float(src[i]);
+}
+
+void anert_fp16_down_block(const float *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++)
+            dst[c * ds + r] = anert_half(src[r * ss + c]);
+}
+
+void anert_fp16_up_block(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++)
+            dst[c * ds + r] = anert_float(src[r * ss + c]);
+}
+
+static size_t count_past(const float *src, size_t n) { return anert_count_past(src, n); }
+
+static const anert_fp16_kernels scalar = {anert_fp16_down, anert_fp16_up, anert_fp16_down_block, anert_fp16_up_block,
+                                          count_past};
+
+const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa) {
+    switch (isa) {
+#if defined(__x86_64__)
+    case ANERT_ISA_AVX2: return &anert_fp16_avx2;
+    case ANERT_ISA_AVX512:
+    case ANERT_ISA_AVX512BF16: return &anert_fp16_avx512;
+#elif defined(__aarch64__)
+    case ANERT_ISA_NEON: return &anert_fp16_neon;
+#endif
+    default: return &scalar;
+    }
+}
+
+static void clamp_copy(const float *src, float *dst, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        dst[i] = src[i] > 65504.0f ? 65504.0f : src[i] < -65504.0f ? -65504.0f : src[i];
+}
+
+size_t anert_fp16_clamp_row(const anert_fp16_kernels *kernels, const float *src, uint16_t *dst, size_t n) {
+    float clamped[CLAMP_ROW];
+    size_t total = 0;
+    for (size_t i = 0; i < n; i += CLAMP_ROW) {
+        size_t part = MIN(n - i, (size_t)CLAMP_ROW);
+        size_t past = kernels->count_past(src + i, part);
+        if (past > 0)
+            clamp_copy(src + i, clamped, part);
+        kernels->f32_to_f16(past > 0 ? clamped : src + i, dst + i, part);
+        total += past;
+    }
+    return total;
+}
+
+size_t anert_fp16_clamp_block(const anert_fp16_kernels *kernels, const float *src, size_t ss, uint16_t *dst, size_t ds,
+                              size_t rows, size_t cols) {
+    float clamped[BLOCK * BLOCK];
+    size_t past = 0;
+    for (size_t r = 0; r < rows; r++)
+        past += kernels->count_past(src + r * ss, cols);
+    if (past > 0) {
+        for (size_t r = 0; r < rows; r++)
+            clamp_copy(src + r * ss, clamped + r * cols, cols);
+        kernels->transpose_f32_to_f16(clamped, cols, dst, ds, rows, cols);
+    } else {
+        kernels->transpose_f32_to_f16(src, ss, dst, ds, rows, cols);
+    }
+    return past;
+}
+
+/* A conversion cut into pieces: rows of at most CHUNK elements, or BLOCK by BLOCK blocks to transpose. */
+typedef struct {
+    const anert_fp16_kernels *kernels;
+    const void *src;
+    void *dst;
+    size_t ss, ds, rows, cols;
+    size_t across; /* pieces along a row */
+    bool down, clamp;
+    _Atomic uint64_t clamped;
+} conversion;
+
+static void convert_chunk(void *arg, int64_t index, int32_t thread) {
+    conversion *job = arg;
+    size_t row = (size_t)index / job->across, col = (size_t)index % job->across * CHUNK;
+    size_t n = MIN(job->cols - col, (size_t)CHUNK);
+    size_t from = row * job->ss + col, to = row * job->ds + col;
+    (void)thread;
+    if (!job->down)
+        job->kernels->f16_to_f32((const uint16_t *)job->src + from, (float *)job->dst + to, n);
+    else if (!job->clamp)
+        job->kernels->f32_to_f16((const float *)job->src + from, (uint16_t *)job->dst + to, n);
+    else
+        job->clamped += anert_fp16_clamp_row(job->kernels, (const float *)job->src + from, (uint16_t *)job->dst + to, n);
+}
+
+static void convert_block(void *arg, int64_t index, int32_t thread) {
+    conversion *job = arg;
+    size_t row = (size_t)index / job->across * BLOCK, col = (size_t)index % job->across * BLOCK;
+    size_t rows = MIN(job->rows - row, (size_t)BLOCK), cols = MIN(job->cols - col, (size_t)BLOCK);
+    size_t from = row * job->ss + col, to = col * job->ds + row;
+    const float *wide = (const float *)job->src + from;
+    (void)thread;
+    if (!job->down)
+        job->kernels->transpose_f16_to_f32((const uint16_t *)job->src + from, job->ss, (float *)job->dst + to, job->ds,
+                                           rows, cols);
+    else if (!job->clamp)
+        job->kernels->transpose_f32_to_f16(wide, job->ss, (uint16_t *)job->dst + to, job->ds, rows, cols);
+    else
+        job->clamped += anert_fp16_clamp_block(job->kernels, wide, job->ss, (uint16_t *)job->dst + to, job->ds, rows, cols);
+}
+
+static void convert(anert_pool *pool, conversion *job, bool transpose) {
+    if (job->rows == 0 || job->cols == 0)
+        return;
+    size_t down = job->rows;
+    if (transpose) {
+        down = (job->rows + BLOCK - 1) / BLOCK;
+        job->across = (job->cols + BLOCK - 1) / BLOCK;
+    } else {
+        if (job->ss == job->cols && job->ds == job->cols) { /* one long row */
+            job->cols *= job->rows;
+            job->rows = down = 1;
+        }
+        job->across = (job->cols + CHUNK - 1) / CHUNK;
+    }
+    job->kernels = anert_fp16_kernels_for(anert_pool_isa(pool));
+    anert_pool *workers = job->cols <= CHUNK / job->rows ? NULL : pool; /* waking them would cost more */
+    anert_parallel_for(workers, (int64_t)(down * job->across), transpose ? convert_block : convert_chunk, job);
+}
+
+/* Elements from the first to one past the last of (rows, cols) at `stride`; false if no array can have that many. */
+static bool extent(size_t rows, size_t cols, size_t stride, size_t *out) {
+    if (rows == 0 || cols == 0) {
+        *out = 0;
+        return true;
+    }
+    return !__builtin_mul_overflow(rows - 1, stride, out) && !__builtin_add_overflow(*out, cols, out) &&
+           *out <= PTRDIFF_MAX / sizeof(float);
+}
+
+static anert_status check(const conversion *job, bool transpose, anert_error *err) {
+    size_t rows = job->rows, cols = job->cols, unused;
+    size_t out_rows = transpose ? cols : rows, out_cols = transpose ? rows : cols;
+    if (!extent(rows, cols, job->ss, &unused) || !extent(out_rows, out_cols, job->ds, &unused))
+        return anert_fail(err, ANERT_EINVAL, "%zu rows of %zu at strides %zu and %zu exceed the address space", rows, cols,
+                          job->ss, job->ds);
+    if (rows == 0 || cols == 0)
+        return ANERT_OK;
+    if (job->src == NULL || job->dst == NULL)
+        return anert_fail(err, ANERT_EINVAL, "%s is NULL", job->src == NULL ? "src" : "dst");
+    if (rows > 1 && job->ss < cols)
+        return anert_fail(err, ANERT_EINVAL, "src_stride %zu is less than a row of %zu", job->ss, cols);
+    if (out_rows > 1 && job->ds < out_cols)
+        return anert_fail(err, ANERT_EINVAL, "dst_stride %zu is less than a row of %zu", job->ds, out_cols);
+    return ANERT_OK;
+}
+
+anert_status anert_f32_to_f16_2d(anert_pool *pool, const float *src, size_t src_stride, uint16_t *dst,
+                                 size_t dst_stride, size_t rows, size_t cols, int32_t transpose, int32_t clamp,
+                                 uint64_t *clamped, anert_error *err) {
+    conversion job = {.src = src, .dst = dst, .ss = src_stride, .ds = dst_stride, .rows = rows, .cols = cols,
+                      .down = true, .clamp = clamp != 0};
+    anert_status status = check(&job, transpose, err);
+    if (status == ANERT_OK)
+        convert(pool, &job, transpose);
+    if (clamped != NULL)
+        *clamped = atomic_load(&job.clamped);
+    return status;
+}
+
+anert_status anert_f16_to_f32_2d(anert_pool *pool, const uint16_t *src, size_t src_stride, float *dst,
+                                 size_t dst_stride, size_t rows, size_t cols, int32_t transpose, anert_error *err) {
+    conversion job = {.src = src, .dst = dst, .ss = src_stride, .ds = dst_stride, .rows = rows, .cols = cols};
+    anert_status status = check(&job, transpose, err);
+    if (status == ANERT_OK)
+        convert(pool, &job, transpose);
+    return status;
+}
+
+anert_status anert_f32_to_f16(anert_pool *pool, const float *src, uint16_t *dst, size_t n, int32_t clamp,
+                              uint64_t *clamped, anert_error *err) {
+    return anert_f32_to_f16_2d(pool, src, n, dst, n, 1, n, 0, clamp, clamped, err);
+}
+
+anert_status anert_f16_to_f32(anert_pool *pool, const uint16_t *src, float *dst, size_t n, anert_error *err) {
+    return anert_f16_to_f32_2d(pool, src, n, dst, n, 1, n, 0, err);
+}

@@ -1,0 +1,100 @@
+/* fp16_x86.c: the row and block converters of F16C/AVX2 and of AVX-512. */
+#include "internal.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define AVX2 TARGET("avx2,fma,f16c")
+#define AVX512 TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+
+AVX2 static void down_avx2(const float *src, uint16_t *dst, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm_storeu_si128((__m128i *)(dst + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+    anert_fp16_down(src + i, dst + i, n - i);
+}
+
+AVX2 static void up_avx2(const uint16_t *src, float *dst, size_t n) {
+    size_t i = 0;
+    for (; i + 8 <= n; i += 8)
+        _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + i))));
+    anert_fp16_up(src + i, dst + i, n - i);
+}
+
+/* Transposes 8 rows of 8 halves in place: interleaves of 16, 32, then 64 bits. */
+AVX2 static inline void transpose_8x8(__m128i x[8]) {
+    __m128i y[8];
+    for (int k = 0; k < 4; k++) {
+        y[2 * k] = _mm_unpacklo_epi16(x[2 * k], x[2 * k + 1]);
+        y[2 * k + 1] = _mm_unpackhi_epi16(x[2 * k], x[2 * k + 1]);
+    }
+    for (int k = 0; k < 8; k += 4) {
+        x[k] = _mm_unpacklo_epi32(y[k], y[k + 2]);
+        x[k + 1] = _mm_unpackhi_epi32(y[k], y[k + 2]);
+        x[k + 2] = _mm_unpacklo_epi32(y[k + 1], y[k + 3]);
+        x[k + 3] = _mm_unpackhi_epi32(y[k + 1], y[k + 3]);
+    }
+    for (int k = 0; k < 4; k++) {
+        y[2 * k] = _mm_unpacklo_epi64(x[k], x[k + 4]);
+        y[2 * k + 1] = _mm_unpackhi_epi64(x[k], x[k + 4]);
+    }
+    memcpy(x, y, sizeof y);
+}
+
+AVX2 static void down_block_avx2(const float *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols) {
+    size_t c = 0;
+    for (; c + 8 <= cols; c += 8) { /* down the rows: fills whole cache lines of dst, whose stride may alias */
+        size_t r = 0;
+        for (; r + 8 <= rows; r += 8) {
+            __m128i x[8];
+            for (size_t k = 0; k < 8; k++)
+                x[k] = _mm256_cvtps_ph(_mm256_loadu_ps(src + (r + k) * ss + c), _MM_FROUND_TO_NEAREST_INT);
+            transpose_8x8(x);
+            for (size_t k = 0; k < 8; k++)
+                _mm_storeu_si128((__m128i *)(dst + (c + k) * ds + r), x[k]);
+        }
+        anert_fp16_down_block(src + r * ss + c, ss, dst + c * ds + r, ds, rows - r, 8);
+    }
+    anert_fp16_down_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
+}
+
+AVX2 static void up_block_avx2(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols) {
+    size_t c = 0;
+    for (; c + 8 <= cols; c += 8) { /* down the rows: fills whole cache lines of dst, whose stride may alias */
+        size_t r = 0;
+        for (; r + 8 <= rows; r += 8) {
+            __m128i x[8];
+            for (size_t k = 0; k < 8; k++)
+                x[k] = _mm_loadu_si128((const __m128i *)(src + (r + k) * ss + c));
+            transpose_8x8(x);
+            for (size_t k = 0; k < 8; k++)
+                _mm256_storeu_ps(dst + (c + k) * ds + r, _mm256_cvtph_ps(x[k]));
+        }
+        anert_fp16_up_block(src + r * ss + c, ss, dst + c * ds + r, ds, rows - r, 8);
+    }
+    anert_fp16_up_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
+}
+
+AVX2 static size_t count_avx2(const float *src, size_t n) { return anert_count_past(src, n); }
+
+const anert_fp16_kernels anert_fp16_avx2 = {down_avx2, up_avx2, down_block_avx2, up_block_avx2, count_avx2};
+
+AVX512 static void down_avx512(const float *src, uint16_t *dst, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm256_storeu_si256((__m256i *)(dst + i), _mm512_cvtps_ph(_mm512_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+    anert_fp16_down(src + i, dst + i, n - i);
+}
+
+AVX512 static void up_avx512(const uint16_t *src, float *dst, size_t n) {
+    size_t i = 0;
+    for (; i + 16 <= n; i += 16)
+        _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(src + i))));
+    anert_fp16_up(src + i, dst + i, n - i);
+}
+
+AVX512 static size_t count_avx512(const float *src, size_t n) { return anert_count_past(src, n); }
+
+/* Transposes are bound by their loads and stores of 8 halves: the AVX2 ones serve. */
+const anert_fp16_kernels anert_fp16_avx512 = {down_avx512, up_avx512, down_block_avx2, up_block_avx2, count_avx512};
+#endif

@@ -1,0 +1,560 @@
+/* optim.c: one fused pass over a Param, and the reductions that decide whether it may run.
+ *
+ * Loops are plain C, compiled once for each instruction set; no multiply-add is fused, so an update has the same bits on
+ * every instruction set and for every number of threads. Sums run over fixed chunks that are added in index order. */
+#include <math.h>
+#include <stdlib.h>
+
+#include "internal.h"
+
+enum { LANES = 16, CHUNK = 1 << 14, BLOCK = 64, BAND = 256, ROW_PART = 1024, SERIAL = 1 << 15 };
+
+/* ---- Loops ---- */
+typedef struct {
+    float decay;             /* 1 - lr * weight_decay */
+    float beta1, one_beta1;  /* one_beta1: 1 - beta1, rounded once from float64 */
+    float beta2, one_beta2;
+    float grad_scale;
+    float step;              /* adamw: lr / bias1; lion: lr */
+    float root;              /* 1 / sqrt(bias2) */
+    float eps;
+} update;
+
+#define LOOP static inline __attribute__((always_inline))
+
+LOOP void adamw_loop(float *restrict p, float *restrict m, float *restrict v, const float *restrict g, size_t n,
+                     const update *u) {
+    update k = *u;
+    for (size_t i = 0; i < n; i++) {
+        float grad = g[i] * k.grad_scale;
+        float first = k.beta1 * m[i] + k.one_beta1 * grad;
+        float second = k.beta2 * v[i] + k.one_beta2 * grad * grad;
+        m[i] = first;
+        v[i] = second;
+        p[i] = p[i] * k.decay - k.step * first / (sqrtf(second) * k.root + k.eps);
+    }
+}
+
+LOOP void lion_loop(float *restrict p, float *restrict m, const float *restrict g, size_t n, const update *u) {
+    update k = *u;
+    for (size_t i = 0; i < n; i++) {
+        float grad = g[i] * k.grad_scale;
+        float towards = k.beta1 * m[i] + k.one_beta1 * grad;
+        float sign = (towards > 0.0f ? 1.0f : 0.0f) - (towards < 0.0f ? 1.0f : 0.0f);
+        m[i] = k.beta2 * m[i] + k.one_beta2 * grad;
+        p[i] = p[i] * k.decay - k.step * sign;
+    }
+}
+
+/* Lane j sums elements j, j + LANES, ...; lanes are added pairwise. Squares of fp32 are exact in float64. */
+LOOP double squares_loop(const float *x, size_t n) {
+    double lanes[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++)
+            lanes[j] += (double)x[i + j] * (double)x[i + j];
+    for (; i < n; i++)
+        lanes[i % LANES] += (double)x[i] * (double)x[i];
+    for (size_t width = LANES / 2; width > 0; width /= 2)
+        for (size_t j = 0; j < width; j++)
+            lanes[j] += lanes[j + width];
+    return lanes[0];
+}
+
+/* The same over products of fp16 values, which are exact in fp32; b may be NULL: ones. */
+LOOP float products_loop(const float *a, const float *b, size_t n) {
+    float lanes[LANES] = {0};
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++)
+            lanes[j] += b == NULL ? a[i + j] : a[i + j] * b[i + j];
+    for (; i < n; i++)
+        lanes[i % LANES] += b == NULL ? a[i] : a[i] * b[i];
+    for (size_t width = LANES / 2; width > 0; width /= 2)
+        for (size_t j = 0; j < width; j++)
+            lanes[j] += lanes[j + width];
+    return lanes[0];
+}
+
+LOOP void axpy_loop(float alpha, const float *restrict x, float *restrict y, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        y[i] += alpha * x[i];
+}
+
+/* Largest magnitude bits: 0x7c00 is inf, more is NaN. */
+LOOP uint16_t amax_loop(const uint16_t *x, size_t n) {
+    uint16_t most = 0;
+    for (size_t i = 0; i < n; i++)
+        most = MAX(most, (uint16_t)(x[i] & 0x7fff));
+    return most;
+}
+
+typedef struct {
+    void (*adamw)(float *p, float *m, float *v, const float *g, size_t n, const update *u);
+    void (*lion)(float *p, float *m, const float *g, size_t n, const update *u);
+    double (*squares)(const float *x, size_t n);
+    float (*products)(const float *a, const float *b, size_t n);
+    float (*sum)(const float *a, size_t n);
+    void (*axpy)(float alpha, const float *x, float *y, size_t n);
+    uint16_t (*amax)(const uint16_t *x, size_t n);
+} loops;
+
+#define COMPILE_LOOPS(isa, target)                                                                                     \
+    target static void adamw_##isa(float *p, float *m, float *v, const float *g, size_t n, const update *u) {          \
+        adamw_loop(p, m, v, g, n, u);                                                                                  \
+    }                                                                                                                  \
+    target static void lion_##isa(float *p, float *m, const float *g, size_t n, const update *u) {                     \
+        lion_loop(p, m, g, n, u);                                                                                      \
+    }                                                                                                                  \
+    target static double squares_##isa(const float *x, size_t n) { return squares_loop(x, n); }                        \
+    target static float products_##isa(const float *a, const float *b, size_t n) { return products_loop(a, b, n); }    \
+    target static float sum_##isa(const float *a, size_t n) { return products_loop(a, NULL, n); }                      \
+    target static void axpy_##isa(float alpha, const float *x, float *y, size_t n) { axpy_loop(alpha, x, y, n); }      \
+    target static uint16_t amax_##isa(const uint16_t *x, size_t n) { return amax_loop(x, n); }                         \
+    static const loops loops_##isa = {adamw_##isa, lion_##isa, squares_##isa, products_##isa,                          \
+                                      sum_##isa,   axpy_##isa, amax_##isa};
+
+COMPILE_LOOPS(base, ) /* SSE2, or NEON */
+#if defined(__x86_64__)
+COMPILE_LOOPS(avx2, TARGET("avx2,fma,f16c"))
+COMPILE_LOOPS(avx512, TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))
+#endif
+
+static const loops *loops_for(int32_t isa) {
+    switch (isa) {
+#if defined(__x86_64__)
+    case ANERT_ISA_AVX2: return &loops_avx2;
+    case ANERT_ISA_AVX512:
+    case ANERT_ISA_AVX512BF16: return &loops_avx512;
+#endif
+    default: return &loops_base;
+    }
+}
+
+/* A pool for `n` elements, or NULL where waking its threads would cost more than it saves. */
+static anert_pool *workers(anert_pool *pool, int64_t n) { return n < SERIAL ? NULL : pool; }
+
+/* ---- Placements ---- */
+typedef struct {
+    const loops *loops;
+    const anert_fp16_kernels *fp16;
+    update u;
+    float *master, *m, *v; /* m, v and grad are NULL where a pass has no use for them */
+    const float *grad;
+    int64_t rows, cols;
+    int64_t tile_rows, tile_cols, across; /* tiles along a row */
+    const anert_placement *placements;
+    int32_t n_placements;
+    bool vector; /* a Param of one column, laid as one row: the placements' strides are swapped */
+    _Atomic uint64_t clamped;
+} pass;
+
+static anert_placement placement_of(const pass *job, int32_t i) {
+    anert_placement to = job->placements[i];
+    if (job->vector) {
+        int64_t stride = to.row_stride;
+        to.row_stride = to.col_stride;
+        to.col_stride = stride;
+    }
+    return to;
+}
+
+static void place_anywhere(const pass *job, const float *from, anert_placement to, int64_t rows, int64_t cols) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) {
+            uint16_t half;
+            anert_fp16_clamp_row(job->fp16, from + r * job->cols + c, &half, 1);
+            uint16_t *out = to.base + r * to.row_stride + c * to.col_stride;
+            for (int32_t i = 0; i < to.broadcast; i++)
+                out[i] = half;
+        }
+}
+
+static void place_transposed(const pass *job, const float *from, anert_placement to, int64_t rows, int64_t cols,
+                             bool clamp) {
+    size_t ss = (size_t)job->cols, ds = (size_t)to.col_stride;
+    for (int64_t c = 0; c < cols; c += BLOCK) {
+        size_t n = (size_t)MIN(cols - c, (int64_t)BLOCK);
+        if (clamp)
+            anert_fp16_clamp_block(job->fp16, from + c, ss, to.base + c * to.col_stride, ds, (size_t)rows, n);
+        else
+            job->fp16->transpose_f32_to_f16(from + c, ss, to.base + c * to.col_stride, ds, (size_t)rows, n);
+    }
+}
+
+static bool is_straight(anert_placement to) { return to.col_stride == 1 && to.broadcast == 1; }
+static bool is_transposed(anert_placement to) { return to.row_stride == 1 && to.broadcast == 1; }
+
+/* Writes the tile of master at (row, col), at most BLOCK rows, to the placements that are not straight. */
+static void place_tile(const pass *job, int64_t row, int64_t col, int64_t rows, int64_t cols, bool clamp) {
+    const float *from = job->master + row * job->cols + col;
+    for (int32_t i = 0; i < job->n_placements; i++) {
+        anert_placement to = placement_of(job, i);
+        to.base += row * to.row_stride + col * to.col_stride;
+        if (is_straight(to))
+            continue; /* place_row wrote it while the row was in cache */
+        if (is_transposed(to))
+            place_transposed(job, from, to, rows, cols, clamp);
+        else
+            place_anywhere(job, from, to, rows, cols);
+    }
+}
+
+/* Writes a piece of a row to the straight placements; returns how many weights were past +-65504. */
+static size_t place_row(const pass *job, int64_t row, int64_t col, int64_t n) {
+    const float *from = job->master + row * job->cols + col;
+    size_t past = job->fp16->count_past(from, (size_t)n);
+    for (int32_t i = 0; i < job->n_placements; i++) {
+        anert_placement to = placement_of(job, i);
+        uint16_t *out = to.base + row * to.row_stride + col * to.col_stride;
+        if (is_straight(to) && past == 0)
+            job->fp16->f32_to_f16(from, out, (size_t)n);
+        else if (is_straight(to))
+            anert_fp16_clamp_row(job->fp16, from, out, (size_t)n);
+    }
+    return past;
+}
+
+static void run_tile(void *arg, int64_t index, int32_t thread) {
+    pass *job = arg;
+    int64_t row = index / job->across * job->tile_rows, col = index % job->across * job->tile_cols;
+    int64_t rows = MIN(job->rows - row, job->tile_rows), cols = MIN(job->cols - col, job->tile_cols);
+    size_t past = 0;
+    (void)thread;
+    for (int64_t r = row; r < row + rows; r++)
+        for (int64_t c = col; c < col + cols; c += ROW_PART) {
+            int64_t at = r * job->cols + c, n = MIN(col + cols - c, (int64_t)ROW_PART);
+            if (job->v != NULL)
+                job->loops->adamw(job->master + at, job->m + at, job->v + at, job->grad + at, (size_t)n, &job->u);
+            else if (job->m != NULL)
+                job->loops->lion(job->master + at, job->m + at, job->grad + at, (size_t)n, &job->u);
+            if (job->n_placements > 0)
+                past += place_row(job, r, c, n);
+        }
+    place_tile(job, row, col, rows, cols, past > 0);
+    if (past > 0)
+        job->clamped += past;
+}
+
+static anert_status check_pass(const pass *job, anert_error *err) {
+    int64_t n;
+    if (job->rows < 0 || job->cols < 0 || __builtin_mul_overflow(job->rows, job->cols, &n) ||
+        n > (int64_t)(PTRDIFF_MAX / sizeof(float)))
+        return anert_fail(err, ANERT_EINVAL, "no Param has the shape (%lld, %lld)", (long long)job->rows,
+                          (long long)job->cols);
+    if (n > 0 && job->master == NULL)
+        return anert_fail(err, ANERT_EINVAL, "master is NULL");
+    if (job->n_placements < 0 || (job->n_placements > 0 && job->placements == NULL))
+        return anert_fail(err, ANERT_EINVAL, "%d placements at %s", job->n_placements,
+                          job->placements == NULL ? "NULL" : "an address");
+    for (int32_t i = 0; i < job->n_placements; i++) {
+        anert_placement to = job->placements[i];
+        int64_t down, along, last;
+        if (n == 0)
+            continue;
+        if (to.base == NULL || to.row_stride < 0 || to.col_stride < 0 || to.broadcast < 1)
+            return anert_fail(err, ANERT_EINVAL, "placement %d has base %s, strides (%lld, %lld), broadcast %d; expected an "
+                              "address, no negative stride, broadcast >= 1", i, to.base == NULL ? "NULL" : "set",
+                              (long long)to.row_stride, (long long)to.col_stride, to.broadcast);
+        if (__builtin_mul_overflow(job->rows - 1, to.row_stride, &down) ||
+            __builtin_mul_overflow(job->cols - 1, to.col_stride, &along) || __builtin_add_overflow(down, along, &last) ||
+            last > (int64_t)(PTRDIFF_MAX / sizeof(uint16_t)) - to.broadcast)
+            return anert_fail(err, ANERT_EINVAL, "placement %d with strides (%lld, %lld) exceeds the address space", i,
+                              (long long)to.row_stride, (long long)to.col_stride);
+    }
+    return ANERT_OK;
+}
+
+static void run_pass(anert_pool *pool, pass *job, uint64_t *clamped) {
+    if (job->cols == 1) {
+        job->vector = true;
+        job->cols = job->rows;
+        job->rows = 1;
+    }
+    bool blocked = false, flat = true;
+    for (int32_t i = 0; i < job->n_placements; i++) {
+        anert_placement to = placement_of(job, i);
+        blocked |= !is_straight(to);
+        flat &= is_straight(to) && to.row_stride == job->cols;
+    }
+    if (flat) { /* one long row */
+        job->cols *= job->rows;
+        job->rows = 1;
+    }
+    if (job->rows > 0 && job->cols > 0) {
+        /* Blocked: what is transposed is still in L2. Else long rows, which prefetchers like. */
+        job->tile_cols = MIN(job->cols, (int64_t)(blocked ? BAND : CHUNK));
+        job->tile_rows = blocked ? BLOCK : MAX(1, CHUNK / job->tile_cols);
+        job->across = (job->cols + job->tile_cols - 1) / job->tile_cols;
+        job->loops = loops_for(anert_pool_isa(pool));
+        job->fp16 = anert_fp16_kernels_for(anert_pool_isa(pool));
+        int64_t down = (job->rows + job->tile_rows - 1) / job->tile_rows;
+        anert_parallel_for(workers(pool, job->rows * job->cols), down * job->across, run_tile, job);
+    }
+    if (clamped != NULL)
+        *clamped = job->clamped;
+}
+
+static anert_status check_update(const pass *job, const anert_adamw_args *args, bool adamw, anert_error *err) {
+    if (job->rows > 0 && job->cols > 0 && (job->m == NULL || job->grad == NULL || (adamw && job->v == NULL)))
+        return anert_fail(err, ANERT_EINVAL, "%s is NULL", job->grad == NULL ? "grad" : job->m == NULL ? "m" : "v");
+    if (!(args->beta1 >= 0.0f && args->beta1 < 1.0f) || !(args->beta2 >= 0.0f && args->beta2 < 1.0f))
+        return anert_fail(err, ANERT_EINVAL, "betas (%g, %g) must lie in [0, 1)", (double)args->beta1,
+                          (double)args->beta2);
+    if (!isfinite(args->lr) || !isfinite(args->weight_decay) || !isfinite(args->grad_scale))
+        return anert_fail(err, ANERT_EINVAL, "lr %g, weight_decay %g and grad_scale %g must be finite", (double)args->lr,
+                          (double)args->weight_decay, (double)args->grad_scale);
+    if (adamw && (!(args->eps >= 0.0f) || !(args->bias1 > 0.0f) || !(args->bias2 > 0.0f)))
+        return anert_fail(err, ANERT_EINVAL, "eps %g must be >= 0, bias1 %g and bias2 %g above 0", (double)args->eps,
+                          (double)args->bias1, (double)args->bias2);
+    return ANERT_OK;
+}
+
+static update constants(const anert_adamw_args *args, bool adamw) {
+    return (update){
+        .decay = (float)(1.0 - (double)args->lr * (double)args->weight_decay),
+        .beta1 = args->beta1,
+        .one_beta1 = (float)(1.0 - (double)args->beta1),
+        .beta2 = args->beta2,
+        .one_beta2 = (float)(1.0 - (double)args->beta2),
+        .grad_scale = args->grad_scale,
+        .step = adamw ? (float)((double)args->lr / (double)args->bias1) : args->lr,
+        .root = adamw ? (float)(1.0 / sqrt((double)args->bias2)) : 0.0f,
+        .eps = args->eps,
+    };
+}
+
+anert_status anert_adamw(anert_pool *pool, float *master, float *m, float *v, const float *grad, int64_t rows,
+                         int64_t cols, anert_adamw_args args, const anert_placement *placements, int32_t n_placements,
+                         uint64_t *clamped, anert_error *err) {
+    pass job = {.master = master, .m = m, .v = v, .grad = grad, .rows = rows, .cols = cols, .placements = placements,
+                .n_placements = n_placements};
+    anert_status status = check_pass(&job, err);
+    if (status == ANERT_OK)
+        status = check_update(&job, &args, true, err);
+    if (status != ANERT_OK)
+        return status;
+    job.u = constants(&args, true);
+    run_pass(pool, &job, clamped);
+    return ANERT_OK;
+}
+
+anert_status anert_lion(anert_pool *pool, float *master, float *m, const float *grad, int64_t rows, int64_t cols,
+                        anert_adamw_args args, const anert_placement *placements, int32_t n_placements,
+                        uint64_t *clamped, anert_error *err) {
+    pass job = {.master = master, .m = m, .grad = grad, .rows = rows, .cols = cols, .placements = placements,
+                .n_placements = n_placements};
+    anert_status status = check_pass(&job, err);
+    if (status == ANERT_OK)
+        status = check_update(&job, &args, false, err);
+    if (status != ANERT_OK)
+        return status;
+    job.u = constants(&args, false);
+    run_pass(pool, &job, clamped);
+    return ANERT_OK;
+}
+
+anert_status anert_param_sync(anert_pool *pool, const float *master, int64_t rows, int64_t cols,
+                              const anert_placement *placements, int32_t n_placements, uint64_t *clamped,
+                              anert_error *err) {
+    pass job = {.master = (float *)master, .rows = rows, .cols = cols, .placements = placements,
+                .n_placements = n_placements}; /* without m and v, master is only read */
+    anert_status status = check_pass(&job, err);
+    if (status != ANERT_OK)
+        return status;
+    run_pass(pool, &job, clamped);
+    return ANERT_OK;
+}
+
+/* ---- Reductions ---- */
+typedef struct {
+    const loops *loops;
+    const float *x;
+    size_t n;
+    double *partial; /* a sum per chunk */
+} squares;
+
+static void square_chunk(void *arg, int64_t index, int32_t thread) {
+    squares *job = arg;
+    size_t at = (size_t)index * CHUNK;
+    (void)thread;
+    job->partial[index] = job->loops->squares(job->x + at, MIN(job->n - at, (size_t)CHUNK));
+}
+
+anert_status anert_sum_squares(anert_pool *pool, const float *x, size_t n, double *out, int32_t *finite,
+                               anert_error *err) {
+    if (n > PTRDIFF_MAX / sizeof(float) || (n > 0 && x == NULL) || out == NULL)
+        return anert_fail(err, ANERT_EINVAL, "sum of squares of %zu values: %s", n,
+                          out == NULL ? "out is NULL" : x == NULL ? "x is NULL" : "too many");
+    size_t chunks = (n + CHUNK - 1) / CHUNK;
+    double few[64];
+    double *partial = chunks <= 64 ? few : malloc(chunks * sizeof *partial);
+    if (partial == NULL)
+        return anert_fail(err, ANERT_ENOMEM, "no memory for %zu partial sums", chunks);
+    squares job = {loops_for(anert_pool_isa(pool)), x, n, partial};
+    anert_parallel_for(workers(pool, (int64_t)n), (int64_t)chunks, square_chunk, &job);
+    double sum = 0.0;
+    for (size_t i = 0; i < chunks; i++)
+        sum += partial[i];
+    if (partial != few)
+        free(partial);
+    *out = sum;
+    if (finite != NULL) /* squares of finite fp32 values cannot overflow a float64 sum */
+        *finite = isfinite(sum) != 0;
+    return ANERT_OK;
+}
+
+typedef struct {
+    const loops *loops;
+    const uint16_t *x;
+    size_t n;
+    _Atomic uint32_t most, past;
+} amax;
+
+static void raise_to(_Atomic uint32_t *held, uint32_t value) {
+    uint32_t old = atomic_load(held);
+    while (old < value && !atomic_compare_exchange_weak(held, &old, value))
+        ;
+}
+
+static void amax_chunk(void *arg, int64_t index, int32_t thread) {
+    amax *job = arg;
+    size_t at = (size_t)index * CHUNK;
+    size_t n = MIN(job->n - at, (size_t)CHUNK);
+    uint16_t past = job->loops->amax(job->x + at, n), most = past;
+    (void)thread;
+    if (past > 0x7c00) { /* NaN is not counted */
+        most = 0;
+        for (size_t i = at; i < at + n; i++)
+            if ((job->x[i] & 0x7fff) <= 0x7c00)
+                most = MAX(most, (uint16_t)(job->x[i] & 0x7fff));
+    }
+    raise_to(&job->most, most);
+    raise_to(&job->past, past);
+}
+
+anert_status anert_f16_amax(anert_pool *pool, const uint16_t *x, size_t n, float *most, int32_t *finite,
+                            anert_error *err) {
+    if (n > PTRDIFF_MAX / sizeof(uint16_t) || (n > 0 && x == NULL) || most == NULL)
+        return anert_fail(err, ANERT_EINVAL, "amax of %zu values: %s", n,
+                          most == NULL ? "amax is NULL" : x == NULL ? "x is NULL" : "too many");
+    amax job = {.loops = loops_for(anert_pool_isa(pool)), .x = x, .n = n};
+    anert_parallel_for(workers(pool, (int64_t)n), (int64_t)((n + CHUNK - 1) / CHUNK), amax_chunk, &job);
+    *most = anert_float((uint16_t)job.most);
+    if (finite != NULL)
+        *finite = job.past < 0x7c00;
+    return ANERT_OK;
+}
+
+/* ---- Gradient recipes ---- */
+typedef struct {
+    const loops *loops;
+    const anert_fp16_kernels *fp16;
+    float alpha;
+    const uint16_t *tap, *cot;
+    int64_t tap_stride, row_stride, col_stride; /* the last two are cot's */
+    int64_t rows, cols, across;
+    float *dw;
+} recipe;
+
+enum { RECIPE_ROWS = 8 };
+
+static float product_of_row(const recipe *job, int64_t row) {
+    float tap[ROW_PART], cot[ROW_PART];
+    double sum = 0.0;
+    for (int64_t at = 0; at < job->cols; at += ROW_PART) {
+        size_t n = (size_t)MIN(job->cols - at, (int64_t)ROW_PART);
+        job->fp16->f16_to_f32(job->cot + row * job->row_stride + at, cot, n);
+        if (job->tap == NULL) {
+            sum += (double)job->loops->sum(cot, n);
+        } else {
+            job->fp16->f16_to_f32(job->tap + row * job->tap_stride + at, tap, n);
+            sum += (double)job->loops->products(tap, cot, n);
+        }
+    }
+    return (float)sum;
+}
+
+static void rowsum_rows(void *arg, int64_t index, int32_t thread) {
+    const recipe *job = arg;
+    (void)thread;
+    for (int64_t row = index * RECIPE_ROWS; row < MIN(job->rows, (index + 1) * RECIPE_ROWS); row++)
+        job->dw[row] += job->alpha * product_of_row(job, row);
+}
+
+anert_status anert_rowsum(anert_pool *pool, float alpha, const uint16_t *tap, int64_t tap_stride, const uint16_t *cot,
+                          int64_t cot_stride, int64_t c, int64_t n, float *dw, anert_error *err) {
+    int64_t last;
+    if (c < 0 || n < 0 || (c > 1 && (cot_stride < n || (tap != NULL && tap_stride < n))) ||
+        __builtin_mul_overflow(c, MAX(n, MAX(cot_stride, tap_stride)), &last) ||
+        last > (int64_t)(PTRDIFF_MAX / sizeof(uint16_t)))
+        return anert_fail(err, ANERT_EINVAL, "rowsum of (%lld, %lld) at strides %lld and %lld: a stride is at least a row",
+                          (long long)c, (long long)n, (long long)tap_stride, (long long)cot_stride);
+    if (c > 0 && (dw == NULL || (n > 0 && cot == NULL)))
+        return anert_fail(err, ANERT_EINVAL, "%s is NULL", dw == NULL ? "dw" : "cot");
+    recipe job = {.loops = loops_for(anert_pool_isa(pool)), .fp16 = anert_fp16_kernels_for(anert_pool_isa(pool)),
+                  .alpha = alpha, .tap = tap, .cot = cot, .tap_stride = tap_stride, .row_stride = cot_stride,
+                  .rows = c, .cols = n, .dw = dw};
+    anert_parallel_for(workers(pool, c * n), (c + RECIPE_ROWS - 1) / RECIPE_ROWS, rowsum_rows, &job);
+    return ANERT_OK;
+}
+
+/* dw (rows, BLOCK) of cot whose columns are contiguous: a transposed block. */
+static void add_transposed(const recipe *job, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+    float block[BLOCK * BLOCK];
+    job->fp16->transpose_f16_to_f32(job->cot + row + col * job->col_stride, (size_t)job->col_stride, block, (size_t)cols,
+                                    (size_t)cols, (size_t)rows);
+    for (int64_t r = 0; r < rows; r++)
+        job->loops->axpy(job->alpha, block + r * cols, job->dw + (row + r) * job->cols + col, (size_t)cols);
+}
+
+static void add_rows(const recipe *job, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+    float part[BAND];
+    for (int64_t r = row; r < row + rows; r++) {
+        const uint16_t *from = job->cot + r * job->row_stride + col * job->col_stride;
+        if (job->col_stride == 1)
+            job->fp16->f16_to_f32(from, part, (size_t)cols);
+        for (int64_t c = 0; job->col_stride != 1 && c < cols; c++)
+            part[c] = anert_float(from[c * job->col_stride]);
+        job->loops->axpy(job->alpha, part, job->dw + r * job->cols + col, (size_t)cols);
+    }
+}
+
+static void accumulate_tile(void *arg, int64_t index, int32_t thread) {
+    const recipe *job = arg;
+    int64_t row = index / job->across * BLOCK, col = index % job->across * BAND;
+    int64_t rows = MIN(job->rows - row, (int64_t)BLOCK), cols = MIN(job->cols - col, (int64_t)BAND);
+    (void)thread;
+    if (job->row_stride != 1 || job->col_stride == 1) {
+        add_rows(job, row, col, rows, cols);
+        return;
+    }
+    for (int64_t c = 0; c < cols; c += BLOCK)
+        add_transposed(job, row, col + c, rows, MIN(cols - c, (int64_t)BLOCK));
+}
+
+anert_status anert_accumulate(anert_pool *pool, float alpha, const uint16_t *cot, int64_t row_stride,
+                              int64_t col_stride, int64_t rows, int64_t cols, float *dw, anert_error *err) {
+    int64_t n, down, along, last;
+    if (rows < 0 || cols < 0 || row_stride < 0 || col_stride < 0 || __builtin_mul_overflow(rows, cols, &n) ||
+        __builtin_mul_overflow(rows, row_stride, &down) || __builtin_mul_overflow(cols, col_stride, &along) ||
+        __builtin_add_overflow(down, along, &last) || MAX(n, last) > (int64_t)(PTRDIFF_MAX / sizeof(float)))
+        return anert_fail(err, ANERT_EINVAL, "no gradient has the shape (%lld, %lld) at strides (%lld, %lld)",
+                          (long long)rows, (long long)cols, (long long)row_stride, (long long)col_stride);
+    if (n == 0)
+        return ANERT_OK;
+    if (cot == NULL || dw == NULL)
+        return anert_fail(err, ANERT_EINVAL, "%s is NULL", dw == NULL ? "dw" : "cot");
+    recipe job = {.loops = loops_for(anert_pool_isa(pool)), .fp16 = anert_fp16_kernels_for(anert_pool_isa(pool)),
+                  .alpha = alpha, .cot = cot, .row_stride = row_stride, .col_stride = col_stride, .rows = rows,
+                  .cols = cols, .dw = dw};
+    if (cols == 1) { /* a vector is one row */
+        job.rows = 1;
+        job.cols = rows;
+        job.row_stride = col_stride;
+        job.col_stride = row_stride;
+    }
+    job.across = (job.cols + BAND - 1) / BAND;
+    anert_parallel_for(workers(pool, n), (job.rows + BLOCK - 1) / BLOCK * job.across, accumulate_tile, &job);
+    return ANERT_OK;
+}
