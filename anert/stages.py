@@ -84,7 +84,8 @@ class _Splitter:
         return lookup(op.kind).category == "contract" and not any(v.is_const for v in op.operands())
 
     def reads(self, value: Value, s: int, seen: dict[Value, frozenset[Value]]) -> frozenset[Value]:
-        """The leaves through which stage `s` obtains `value`: cheap ops are computed again, anchors cross as ports."""
+        """The leaves through which stage `s` obtains `value`. Cheap ops are computed again, and contractions of activations that are
+        no (C, T) (attention scores); other results of earlier stages cross as ports."""
         if value in seen:
             return seen[value]
         op = value.op
@@ -92,16 +93,23 @@ class _Splitter:
             result = frozenset((value,))
         elif op.kind == "const":
             result = frozenset()
-        elif self.is_anchor(op):
-            result = frozenset() if self.stage[op] == s else frozenset((value,))
+        elif self.stage.get(op) == s:
+            result = frozenset()
+        elif self.crosses(value, s):
+            result = frozenset((value,))
         else:
-            home = self.home(value)
-            if home is not None and home < s:
-                result = frozenset((value,))
-            else:
-                result = frozenset().union(*(self.reads(v, s, seen) for v in op.operands()))
+            result = frozenset().union(*(self.reads(v, s, seen) for v in op.operands()))
         seen[value] = result
         return result
+
+    def crosses(self, value: Value, s: int) -> bool:
+        """Whether stage `s` reads this op's result from an earlier stage; else it computes it (again)."""
+        assert value.op is not None
+        if value.op in self.stage:
+            weighted = any(v in self.inputs and self.role.get(v.name) == "matrix" for v in _roots(value.op))
+            return value.type.rank == 2 or weighted
+        home = self.home(value) if value.type.rank == 2 else None
+        return home is not None and home < s
 
     def home(self, value: Value) -> int | None:
         """The earlier stage that already has all that a cheap value needs, an anchor among it: it crosses from there."""
@@ -196,6 +204,16 @@ class _Splitter:
             if self.reads(out, s, {}) <= set(self.drafts[s].leaves):
                 return s
         return self.place((out,), first)
+
+
+def _roots(op: Op) -> list[Value]:
+    """The operands of an op, behind views."""
+    roots = []
+    for v in op.operands():
+        while v.op is not None and lookup(v.op.kind).category == "view":
+            v = next(v.op.operands())
+        roots.append(v)
+    return roots
 
 
 def split(function: Function, role: dict[str, str], limits: Capabilities = ANE) -> list[Stage]:

@@ -88,10 +88,10 @@ def prepare(
     vocab_size: int = 0,
     progress: Progress | None = None,
 ) -> TokenDataset:
-    """A TokenDataset of text or tokens, whichever the content is. Text is tokenized once into cache_dir and found again.
+    """A TokenDataset of text or tokens, whichever the content is. Text is tokenized once, into cache_dir.
 
-    val: a fraction of the tail (also as text, "0.05"), or a file of either kind. vocab_size: the model's, where it is not
-    the tokenizer's. progress(done, total) of what takes time. Raises InputError, as `tokenize_file` and TokenDataset.
+    val: a fraction of the tail (also as text, "0.05"), or a file of either kind. vocab_size: the model's, where it is
+    not the tokenizer's. progress(done, total) of what takes time. Raises InputError, as `tokenize_file` and TokenDataset.
     """
     vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     held_out = _fraction(val)

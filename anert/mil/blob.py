@@ -18,9 +18,10 @@ from anert.mil.graph import DTYPES, mil_dtype
 
 DEFAULT_PATH = "@model_path/weights/weight.bin"
 ALIGNMENT = 64
+"""Where metadata and data begin in files that we write."""
+READ_ALIGNMENT = 16
+"""Where they may begin in files that we read: Espresso's generator packs blobs without padding."""
 SENTINEL = 0xDEADBEEF
-MAX_BYTES = 1 << 48
-"""Largest file that a header may speak of."""
 
 _FILE = struct.Struct("<II56x")
 _BLOB = struct.Struct("<IIQQQ32x")
@@ -104,16 +105,16 @@ def read_blob(
     total = len(data)
     _check_file(data, source)
     where = f"{source}, blob at offset {offset}"
-    if offset < _FILE.size or offset % ALIGNMENT or offset + _BLOB.size > total:
+    if offset < _FILE.size or offset % READ_ALIGNMENT or offset + _BLOB.size > total:
         raise InputError(
-            f"{where}: metadata lies at a multiple of 64 from 64 to {total - _BLOB.size} (MIL's offset is the metadata's)"
+            f"{where}: metadata lies at a multiple of 16 from 64 to {total - _BLOB.size} (MIL's offset is the metadata's)"
         )
     sentinel, code, size, start, padding = _BLOB.unpack_from(data, offset)
     if sentinel != SENTINEL:
         raise InputError(f"{where}: expected the mark 0xDEADBEEF, found 0x{sentinel:08X}")
     if code != _CODES[dtype]:
         raise InputError(f"{where}: the text says {dtype}, the blob says {_NAMES.get(code, f'type code {code}')}")
-    if start % ALIGNMENT or start < _FILE.size + _BLOB.size or start + size > total:
+    if start % READ_ALIGNMENT or start < _FILE.size + _BLOB.size or start + size > total:
         raise InputError(f"{where}: {size} bytes of data at {start} do not lie within the file's {total}")
     return _unpack(data, start, size, padding, dtype, tuple(shape), where)
 

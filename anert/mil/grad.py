@@ -131,10 +131,10 @@ def _active(function: Function, wanted: set[Value]) -> set[Value]:
 
 
 def worth_saving(op: Op, params: set[Value]) -> bool:
-    """Whether an op's result is kept for the backward rather than computed again.
+    """Whether an op's result is kept for the backward rather than computed again, if it can be had as (C, T).
 
     Elementwise ops, reductions and views are cheap and fuse. A contraction with a weight is always kept. One between
-    activations is kept unless its result is larger than its operands together (attention scores: (T, T) per head).
+    activations is kept unless its result is larger than its operands together. Attention scores, (T, T) a head, are not (C, T).
     """
     if lookup(op.kind).category != "contract":
         return False
@@ -162,7 +162,7 @@ def _cut(joint: _Joint, needed: Iterable[Value]) -> tuple[list[Value], set[Op]]:
         op = v.op
         if op is None or op not in forward or v in saved or op in again:
             continue
-        if worth_saving(op, joint.params) or (v.type.rank == 2 and _views_saved(op, joint.params)):
+        if v.type.rank == 2 and (worth_saving(op, joint.params) or _views_saved(op, joint.params)):
             saved[v] = None
             continue
         again.add(op)

@@ -73,6 +73,7 @@ class _Builder:
         self.defined: set[str] = set()
         self.types: dict[TypeSyntax, TensorType] = {}
         self.rows: dict[str, dict[str, Arg]] = {}
+        self.repeated: set[int] = set()
         self.declared = {formal.name for formal in syntax.params}
         self.declared.update(formal.name for statement in syntax.statements for formal in statement.outputs)
 
@@ -141,14 +142,19 @@ class _Builder:
         formal = statement.outputs[0]
         if formal.type != typed.type and self.tensor_or_string(formal.type) != self.tensor_or_string(typed.type):
             raise self.at(ShapeError(f"{formal.name} is declared {formal.type}, its value is {typed.type}"), formal.token)
-        if formal.name not in self.consts:  # a repeated name is reported in order, by define()
+        known = self.consts.get(formal.name)
+        if known is None:
             self.consts[formal.name] = _Const(typed, statement)
+        elif (known.typed.type, known.typed.literal) == (typed.type, typed.literal):
+            self.repeated.add(statement.token)  # printed by Espresso's generator: the same constant once more
 
     def tensor_or_string(self, type: TypeSyntax) -> tuple[str, tuple[int | None, ...]] | TypeSyntax:
         """Both spellings of a scalar as one."""
         return (type.dtype, type.dims) if type.kind in ("scalar", "tensor") else type
 
     def const(self, statement: Statement) -> None:
+        if statement.token in self.repeated:
+            return
         formal = statement.outputs[0]
         self.define(formal)
         const = self.consts[formal.name]

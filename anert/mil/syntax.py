@@ -29,6 +29,7 @@ _PATTERN = r"""
     | [A-Za-z_]\w*+
     | [(){},;=<>?]
     | "(?:[^"\\\n]++|\\.)*+"
+    | \[\s*+name\s*+=\s*+(?:string|tensor<string,\ ?\[\]>)\(\s*+"(?:[^"\\\n]++|\\.)*+"\s*+\)\s*+\]
     | \[[\[\s]{0,40}+[-+.\da-zA-Z,?\s]*+\]                                      # the numbers of a literal
         (?:[\s\]]*+,\s*+\[[\[\s]*+[-+.\da-zA-Z,?\s]*+\])*+(?:\s*+\])*+
     | [\[\]]
@@ -301,8 +302,10 @@ class _Parser:
         token = tokens[self.i]
         if token in types or token in CONTAINERS or "<" in token:
             while True:
-                type = types.get(tokens[self.i]) or self.type()
-                if type is types.get(tokens[self.i]):
+                type = types.get(tokens[self.i])
+                if type is None:
+                    type = self.type()
+                else:
                     self.i += 1
                 outputs.append(Formal(type, self.name("a name for the statement's result"), self.i - 1))
                 token = tokens[self.i]
@@ -389,6 +392,10 @@ class _Parser:
         if token != "[":
             if not token.startswith("["):
                 return {}
+            if "=" in token:
+                self.i += 1
+                name = token[token.index('"') : token.rindex('"') + 1]
+                return {"name": Typed(self.types["string"], name, self.i - 1)}
             if token.strip("[] \t\r\n") or token.count("[") != 1 or token.count("]") != 1:
                 self.fail("attributes such as [name = string(\"x\")]")
             self.i += 1
@@ -451,7 +458,7 @@ class _Parser:
         if token in ("(", "{", "["):
             return self.compound(token)
         first = token[:1]
-        if first == "[":
+        if first == "[" and "=" not in token:
             if token.count("[") != token.count("]"):
                 self.fail("a literal with as many '[' as ']'")
         elif not (first == '"' or first.isdigit() or first in ("-", "+", ".") and token != "->" or token in _WORDS):

@@ -46,7 +46,7 @@ class OpDef:
     resolve(types, attrs) -> the attributes in the one spelling that the graph keeps (axes not negative, defaults that hang
         on the rank filled in, reshape's -1 and 0 worked out); raises ShapeError. All that follows sees resolved attributes.
     infer(types, attrs) -> output types; raises ShapeError with what was expected and what came.
-    numpy(inputs, attrs) -> array, or a tuple for several outputs. `inputs` maps argument names to arrays (tuples of arrays
+    numpy(inputs, attrs) -> array (or NumPy scalar), or a tuple for several outputs: call `evaluate`, which evens that out. `inputs` maps argument names to arrays (tuples of arrays
         for variadic ones); float inputs arrive as float64 and float results are float64: the definition of the op.
     grad(op, douts) -> {input name: gradient Value | tuple | None}: builds MIL ops in `op`'s function. `douts` are the
         cotangents of the outputs, None where an output does not matter. None as a whole where no gradient exists.
@@ -70,6 +70,12 @@ class OpDef:
     resolve: Callable[[Types, Mapping[str, Any]], dict[str, Any]] | None = None
     decompose: Callable[[Mapping[str, Any], Mapping[str, Any]], Value] | None = None
     native: frozenset[str] = frozenset()
+
+    def evaluate(self, inputs: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
+        """The op's outputs by its definition, as arrays, without floating-point warnings: inf and NaN are results."""
+        with np.errstate(all="ignore"):
+            result = self.numpy(inputs, attrs)
+        return tuple(np.asarray(a) for a in (result if isinstance(result, tuple) else (result,)))
 
     def arg(self, name: str) -> Arg:
         for a in self.args:
