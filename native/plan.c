@@ -9,25 +9,35 @@ static const int64_t MAX_DIM = (int64_t)1 << 40, MAX_STRIDE = (int64_t)1 << 40;
 /* ---- Validation ---- */
 static bool known_dtype(int32_t dtype) { return dtype >= ANERT_F32 && dtype <= ANERT_I8; }
 
-anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int32_t n_dims,
-                             int32_t write, anert_error *err) {
+anert_status plan_check_reach(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int64_t extent,
+                              int64_t stride, anert_error *err) {
     const anert_view *v = &plan->views[view];
     if (v->buffer < 0 || v->buffer >= plan->n_buffers || !known_dtype(v->dtype))
         return anert_fail(err, ANERT_EINVAL, "step %d: view %d has buffer %d, dtype %d", step, view, v->buffer, v->dtype);
-    const anert_buffer *buffer = &plan->buffers[v->buffer];
-    if (write && !buffer->writable)
-        return anert_fail(err, ANERT_EINVAL, "step %d: view %d writes the read-only buffer %d", step, view, v->buffer);
     __int128 low = v->offset, high = v->offset;
-    for (int32_t d = 0; d < n_dims; d++) {
-        if (v->strides[d] > MAX_STRIDE || v->strides[d] < -MAX_STRIDE)
+    for (int32_t d = 0; d <= ANERT_DIMS; d++) {
+        int64_t n = d < ANERT_DIMS ? dims[d] : extent, s = d < ANERT_DIMS ? v->strides[d] : stride;
+        if (s > MAX_STRIDE || s < -MAX_STRIDE)
             return anert_fail(err, ANERT_EINVAL, "step %d: view %d has a stride out of range", step, view);
-        __int128 reach = (__int128)(dims[d] - 1) * v->strides[d];
+        __int128 reach = (__int128)(n - 1) * s;
         if (reach < 0) low += reach;
         else high += reach;
     }
-    if (low < 0 || (high + 1) * (__int128)dtype_bytes(v->dtype) > buffer->nbytes)
+    if (low < 0 || (high + 1) * (__int128)dtype_bytes(v->dtype) > plan->buffers[v->buffer].nbytes)
         return anert_fail(err, ANERT_EINVAL, "step %d: view %d leaves buffer %d of %lld bytes", step, view, v->buffer,
-                          (long long)buffer->nbytes);
+                          (long long)plan->buffers[v->buffer].nbytes);
+    return ANERT_OK;
+}
+
+anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int32_t n_dims,
+                             int32_t write, anert_error *err) {
+    int64_t full[ANERT_DIMS];
+    for (int32_t d = 0; d < ANERT_DIMS; d++) full[d] = d < n_dims ? dims[d] : 1;
+    anert_status status = plan_check_reach(plan, step, view, full, 1, 0, err);
+    if (status) return status;
+    if (write && !plan->buffers[plan->views[view].buffer].writable)
+        return anert_fail(err, ANERT_EINVAL, "step %d: view %d writes the read-only buffer %d", step, view,
+                          plan->views[view].buffer);
     return ANERT_OK;
 }
 

@@ -73,9 +73,31 @@ static inline char *view_base(const plan_run *run, const anert_view *v) {
     return base + at * (int64_t)dtype_bytes(v->dtype);
 }
 
+static inline float load_scalar(const char *base, int32_t dtype, int64_t i) {
+    lane_word w = {0};
+    switch (dtype) {
+    case ANERT_F16: return anert_float(((const uint16_t *)base)[i]);
+    case ANERT_BF16: w.u = (uint32_t)((const uint16_t *)base)[i] << 16; return w.f;
+    case ANERT_U8: return (float)((const uint8_t *)base)[i];
+    case ANERT_I8: return (float)((const int8_t *)base)[i];
+    default: return ((const float *)base)[i]; /* F32, and I32 as bits */
+    }
+}
+
+/* Floor division; x / 0 is 0 and INT32_MIN / -1 wraps, so that no input traps. */
+static inline int32_t floor_div(int32_t x, int32_t y) {
+    if (y == 0) return 0;
+    if (y == -1) return (int32_t)(0u - (uint32_t)x);
+    int32_t q = x / y;
+    return q - (x % y != 0 && (x < 0) != (y < 0));
+}
+
 /* EINVAL unless every element of the box `dims` of view v lies in its buffer; write: the buffer must be writable. */
 anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int32_t n_dims,
                              int32_t write, anert_error *err);
+/* The same where an index in [0, extent) moves the view by `stride` more. */
+anert_status plan_check_reach(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int64_t extent,
+                              int64_t stride, anert_error *err);
 anert_status tile_check(anert_plan *plan, int32_t step, anert_error *err);
 void tile_run(const plan_run *run, const anert_step *step);
 size_t tile_scratch_bytes(const anert_step *step);

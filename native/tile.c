@@ -51,17 +51,6 @@ size_t tile_scratch_bytes(const anert_step *s) {
 }
 
 /* ---- Loads and stores ---- */
-static float load_scalar(const char *base, int32_t dtype, int64_t i) {
-    lane_word w = {0};
-    switch (dtype) {
-    case ANERT_F16: return anert_float(((const uint16_t *)base)[i]);
-    case ANERT_BF16: w.u = (uint32_t)((const uint16_t *)base)[i] << 16; return w.f;
-    case ANERT_U8: return (float)((const uint8_t *)base)[i];
-    case ANERT_I8: return (float)((const int8_t *)base)[i];
-    default: return ((const float *)base)[i]; /* F32, and I32 as bits */
-    }
-}
-
 static void store_scalar(char *base, int32_t dtype, int64_t i, float x) {
     lane_word w = {.f = x};
     switch (dtype) {

@@ -74,13 +74,6 @@ BINARY(i32_eq, as_i32(x) == as_i32(y) ? 1.0f : 0.0f)
 BINARY(i32_lt, as_i32(x) < as_i32(y) ? 1.0f : 0.0f)
 BINARY(i32_le, as_i32(x) <= as_i32(y) ? 1.0f : 0.0f)
 
-/* Floor division; x / 0 is 0 and INT32_MIN / -1 wraps, so that no input traps. */
-static inline int32_t floor_div(int32_t x, int32_t y) {
-    if (y == 0) return 0;
-    if (y == -1) return (int32_t)(0u - (uint32_t)x);
-    int32_t q = x / y;
-    return q - (x % y != 0 && (x < 0) != (y < 0));
-}
 static inline int32_t floor_mod(int32_t x, int32_t y) {
     if (y == 0 || y == -1) return 0;
     return x - floor_div(x, y) * y;

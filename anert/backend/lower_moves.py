@@ -126,7 +126,7 @@ def _still(x: Ref, axis: int, lead: int, count: int) -> Ref:
 def gather(low: Lowering, op: Op) -> list[Ref]:
     x, indices = low.ref(op, "x"), _indices(low, op)
     axis, b = op.attrs["axis"], op.attrs["batch_dims"]
-    out = Ref.of(low.new(op.out.shape, storage_of(op.out.dtype)))
+    out = Ref.of(low.new(op.out.shape, x.dtype))
     picked = len(indices.shape) - b
     source = _still(x, axis, axis, picked).broadcast(op.out.shape)
     lifted = (*indices.shape[:b], *(1,) * (axis - b), *indices.shape[b:], *(1,) * (len(x.shape) - axis - 1))
@@ -137,7 +137,7 @@ def gather(low: Lowering, op: Op) -> list[Ref]:
 
 def gather_along_axis(low: Lowering, op: Op) -> list[Ref]:
     x, indices, axis = low.ref(op, "x"), _indices(low, op), op.attrs["axis"]
-    out = Ref.of(low.new(op.out.shape, storage_of(op.out.dtype)))
+    out = Ref.of(low.new(op.out.shape, x.dtype))
     source = part(x, axis, 0, 1).broadcast(op.out.shape)
     extent, stride = x.shape[axis], x.layout.strides[axis]
     return [low.step("gather", op.out.shape, (source, indices), out, extent=extent, stride=stride)]
