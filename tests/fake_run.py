@@ -51,9 +51,9 @@ def step(n: int, steps: int = 1000, seed: int = 0, **changes: object) -> ev.Step
 def run(steps: int = 1000, upto: int | None = None, reason: str = "steps") -> Iterator[ev.Event]:
     """All events of a run, or those up to a step without the end."""
     yield ev.Notice("info", "backend auto: cpu (avx512), 2 threads of 2 granted")
-    for i in range(0, 11):
+    for i in range(11):
         yield ev.Progress("writing the corpus", i * 0.5e6, 5e6, "B")
-    for i in range(0, 11):
+    for i in range(11):
         yield ev.Progress("training the tokenizer", i * 100, 1000, "merges")
     yield started(steps)
     last = steps if upto is None else upto

@@ -77,7 +77,7 @@ class TokenDataset:
         """Endless batches of `batch` windows, a new order every epoch."""
         return TrainBatches(self._train, self.n_windows, self.seq_len, batch, seed)
 
-    def val_batches(self, batch: int = 1, tokens: int = 0) -> Iterator[Batch]:
+    def val_windows(self, batch: int = 1, tokens: int = 0) -> Iterator[Batch]:
         """The same validation batches every time: (inputs, targets), int32 (batch * seq_len,), new arrays each.
 
         tokens: how many at most (0: all), spread evenly over what was held out. A last batch that is not full is

@@ -16,7 +16,7 @@ from anert.mil.graph import DTYPES, Function, Op, Operand, TensorType, Value
 from anert.mil.ops.table import emit, lookup, types_of
 from anert.mil.syntax import RESERVED
 
-RISKY_NAMES = frozenset("var diff mean std eps x y mul add rsqrt c C".split())
+RISKY_NAMES = frozenset(["var", "diff", "mean", "std", "eps", "x", "y", "mul", "add", "rsqrt", "c", "C"])
 """Value names for which one project reports silent zeros or failed compiles on an M1 (ane_facts 3.1)."""
 
 FOLD_LIMIT = 1 << 20

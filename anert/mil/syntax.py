@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, field
-from typing import NoReturn, NamedTuple
+from typing import NamedTuple, NoReturn
 
 from anert.errors import InputError, MILSyntaxError, UnsupportedError
 
@@ -17,11 +17,10 @@ MAX_DEPTH = 32
 """Deepest nesting of types and of literals; printed programs need 6."""
 
 SCALARS = frozenset(
-    "fp16 fp32 fp64 bf16 int4 int8 int16 int32 int64 uint1 uint2 uint3 uint4 uint6 uint8 uint16 uint32 uint64 "
-    "bool string fp8e4m3fn fp8e5m2".split()
+    ["fp16", "fp32", "fp64", "bf16", "int4", "int8", "int16", "int32", "int64", "uint1", "uint2", "uint3", "uint4", "uint6", "uint8", "uint16", "uint32", "uint64", "bool", "string", "fp8e4m3fn", "fp8e5m2"]
 )
-CONTAINERS = frozenset("tensor list tuple dict state tensor_buffer".split())
-RESERVED = SCALARS | CONTAINERS | frozenset("any program func true false".split())
+CONTAINERS = frozenset(["tensor", "list", "tuple", "dict", "state", "tensor_buffer"])
+RESERVED = SCALARS | CONTAINERS | frozenset(["any", "program", "func", "true", "false"])
 """Words that no value may be named by (coremltools renames the same ones)."""
 
 _PATTERN = r"""
@@ -461,7 +460,7 @@ class _Parser:
         if first == "[" and "=" not in token:
             if token.count("[") != token.count("]"):
                 self.fail("a literal with as many '[' as ']'")
-        elif not (first == '"' or first.isdigit() or first in ("-", "+", ".") and token != "->" or token in _WORDS):
+        elif not (first == '"' or first.isdigit() or (first in ("-", "+", ".") and token != "->") or token in _WORDS):
             self.fail("a literal")
         self.i += 1
         return token

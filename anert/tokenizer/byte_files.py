@@ -1,4 +1,4 @@
-"""Files that hold a byte-level BPE: ours, Hugging Face's tokenizer.json, GPT-2's vocab.json + merges.txt, tiktoken's."""
+"""Files that hold a byte-level BPE: ours, Hugging Face's tokenizer.json, GPT-2's vocab and merges, tiktoken's."""
 
 from __future__ import annotations
 
