@@ -1,8 +1,8 @@
 """Crash-safe checkpoints: a directory a step, whole or absent; design.md section 9.
 
-A run directory holds `step-00001000/{model.safetensors, optim.safetensors, tokenizer.*, state.json}` and the pointer files
-`last` and `best` (a directory's name). A step is written under a temporary name, state.json last, with size and sha256 of
-the rest; every file and directory is fsynced before the rename. Whatever is killed, what was there before stays whole.
+A run directory holds `step-00001000/{model.safetensors, optim.safetensors, tokenizer.*, state.json}` and the pointer
+files `last` and `best` (a directory's name). A step is written under a temporary name, state.json last, with size and
+sha256 of the rest; files and directory are fsynced before the rename. Whatever is killed, what was there stays whole.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ STATE, MODEL, OPTIM = "state.json", "model.safetensors", "optim.safetensors"
 OWN_KEYS = ("format_version", "step", "files")
 """Keys of state.json that belong to this module; the rest is the caller's state."""
 
+ASIDE = ".old.tmp"
+
 Tensors = dict[str, NDArray[Any]]
 
 
@@ -41,7 +43,7 @@ class NewerFormatError(InputError):
 
 @dataclass
 class Checkpoint:
-    """A verified checkpoint. `model` and `optim` are read when first asked for. skipped: newer ones that did not verify."""
+    """A verified checkpoint; `model` and `optim` are read when asked for. skipped: newer ones that did not verify."""
 
     path: Path
     step: int
@@ -72,8 +74,8 @@ def save(
 ) -> Path:
     """Write a step and point `last` (and `best`) at it; then drop all but the newest `keep`, never `best` or `last`.
 
-    state: what JSON holds; NaN and inf become null. Raises NonFiniteError before anything is written if a tensor has NaN
-    or inf; InputError or NativeError where the disk refuses. Older checkpoints stay as they were.
+    state: what JSON holds; NaN and inf become null. Raises NonFiniteError before anything is written if a tensor has
+    NaN or inf; InputError or NativeError where the disk refuses. Older checkpoints stay as they were.
     """
     run_dir = Path(run_dir)
     _require_finite({**model, **{f"optimizer state {name}": t for name, t in optim.items()}})
@@ -186,7 +188,7 @@ def _load_step(path: Path) -> Checkpoint:
         raise InputError(f"{path}: {STATE} is damaged") from None
     if isinstance(version, int) and version > VERSION:
         raise NewerFormatError(
-            f"{path}: checkpoint format {version}, this anert reads up to {VERSION}: a newer anert wrote it, update anert"
+            f"{path}: checkpoint format {version}, this anert reads up to {VERSION}: a newer one wrote it, update anert"
         )
     if version != VERSION or not isinstance(files, dict) or not isinstance(step, int) or MODEL not in files:
         raise InputError(f"{path}: {STATE} is damaged")
@@ -233,9 +235,13 @@ def _plain(value: Any) -> Any:
 
 
 def _steps(run_dir: Path) -> list[Path]:
-    """Step directories, oldest first."""
-    found = [p for p in run_dir.glob("step-*") if p.name[5:].isdigit() and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    """Step directories, oldest first; one that a killed save had put aside (`_replace_directory`) counts."""
+    found = {int(p.name[5:]): p for p in run_dir.glob("step-*") if p.name[5:].isdigit() and p.is_dir()}
+    for aside in run_dir.glob(".step-*" + ASIDE):
+        number = aside.name.removeprefix(".step-").removesuffix(ASIDE)
+        if number.isdigit():
+            found.setdefault(int(number), aside)
+    return [found[step] for step in sorted(found)]
 
 
 def _pointed_at(pointer: Path) -> str:
@@ -258,7 +264,7 @@ def _point(pointer: Path, name: str) -> None:
 def _replace_directory(temporary: Path, final: Path) -> None:
     """Rename; a step that is there already (a run that went back and came again) makes way first."""
     if final.exists():
-        aside = final.with_name(f".{final.name}.old.tmp")
+        aside = final.with_name(f".{final.name}{ASIDE}")
         os.rename(final, aside)
         os.rename(temporary, final)
         shutil.rmtree(aside, ignore_errors=True)
@@ -280,6 +286,10 @@ def _prune(run_dir: Path, keep: int) -> None:
 
 def _remove_leftovers(run_dir: Path) -> None:
     """What a killed save left. A run directory belongs to one run, so nobody else is writing there."""
+    for aside in run_dir.glob(".step-*" + ASIDE):
+        whole = aside.with_name(aside.name[1:].removesuffix(ASIDE))
+        if not whole.exists():
+            os.rename(aside, whole)
     for path in run_dir.glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
     for path in (*run_dir.glob(".last.*.tmp"), *run_dir.glob(".best.*.tmp")):

@@ -92,8 +92,8 @@ def distribution(
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """(ids, probabilities) of the tokens that the filters leave; the probabilities sum to 1. temperature > 0."""
     n = len(logits)
-    x = (logits.astype(np.float64) - float(logits.max())) / temperature
-    p = np.exp(x)
+    with np.errstate(over="ignore"):  # to -inf, where the temperature is next to nothing
+        p = np.exp((logits.astype(np.float64) - float(logits.max())) / temperature)
     p /= p.sum()
     ids = np.arange(n)
     if 0 < top_k < n:
