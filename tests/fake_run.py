@@ -23,7 +23,8 @@ def started(steps: int = 1000, **changes: object) -> ev.RunStarted:
                 "seq_len": 256, "norm_eps": 1e-5, "rope_theta": 10000.0},
         layout="ports", kernels=6, compiles=6, compile_budget=1000, compile_ms=212.0, dataset="tales",
         train_tokens=1_204_221, val_tokens=63_380, tokenizer="bpe 1024", tokens_per_step=2048,
-        steps=steps, first_step=0, time_budget_s=90.0, out_dir="runs/stories-tiny-1", memory_bytes=61_000_000, peak_gflops=212.0, options={},
+        steps=steps, first_step=0,
+        time_budget_s=90.0, out_dir="runs/stories-tiny-1", memory_bytes=61_000_000, peak_gflops=212.0, options={},
     )  # fmt: skip
     return ev.RunStarted(**{**values, **changes})  # type: ignore[arg-type]
 

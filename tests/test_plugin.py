@@ -181,7 +181,7 @@ def test_declarations_that_clash_are_refused() -> None:
 
 
 def test_a_plugin_without_a_model_says_so() -> None:
-    with pytest.raises(PluginError, match="has no model: add @plugin.model"):
+    with pytest.raises(PluginError, match=r"has no model: add @plugin\.model"):
         Plugin("p", api=1).preset()
 
 
