@@ -18,7 +18,17 @@ from anert.mil.blob import read_blob, storable
 from anert.mil.graph import DTYPES, Function, Module, Operand, TensorType, Value
 from anert.mil.ops.table import Arg, OpDef, emit, lookup
 from anert.mil.syntax import (
-    ArgSyntax, Blob, Compound, Formal, FunctionSyntax, Program, Statement, Typed, TypeSyntax, parse_syntax, unquote,
+    ArgSyntax,
+    Blob,
+    Compound,
+    Formal,
+    FunctionSyntax,
+    Program,
+    Statement,
+    Typed,
+    TypeSyntax,
+    parse_syntax,
+    unquote,
 )  # fmt: skip
 
 MAX_RANK = 32
@@ -158,7 +168,7 @@ class _Builder:
         formal = statement.outputs[0]
         self.define(formal)
         const = self.consts[formal.name]
-        if const.used_as_attr and not const.used_as_data or const.typed.type.dtype == "string":
+        if (const.used_as_attr and not const.used_as_data) or const.typed.type.dtype == "string":
             return
         value = self.data_const(const.typed, formal.name)
         self.values[formal.name] = value

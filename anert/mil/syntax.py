@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, field
-from typing import NoReturn, NamedTuple
+from typing import NamedTuple, NoReturn
 
 from anert.errors import InputError, MILSyntaxError, UnsupportedError
 
@@ -17,11 +17,10 @@ MAX_DEPTH = 32
 """Deepest nesting of types and of literals; printed programs need 6."""
 
 SCALARS = frozenset(
-    "fp16 fp32 fp64 bf16 int4 int8 int16 int32 int64 uint1 uint2 uint3 uint4 uint6 uint8 uint16 uint32 uint64 "
-    "bool string fp8e4m3fn fp8e5m2".split()
+    ["fp16", "fp32", "fp64", "bf16", "int4", "int8", "int16", "int32", "int64", "uint1", "uint2", "uint3", "uint4", "uint6", "uint8", "uint16", "uint32", "uint64", "bool", "string", "fp8e4m3fn", "fp8e5m2"]
 )
-CONTAINERS = frozenset("tensor list tuple dict state tensor_buffer".split())
-RESERVED = SCALARS | CONTAINERS | frozenset("any program func true false".split())
+CONTAINERS = frozenset(["tensor", "list", "tuple", "dict", "state", "tensor_buffer"])
+RESERVED = SCALARS | CONTAINERS | frozenset(["any", "program", "func", "true", "false"])
 """Words that no value may be named by (coremltools renames the same ones)."""
 
 _PATTERN = r"""
@@ -29,6 +28,7 @@ _PATTERN = r"""
     | [A-Za-z_]\w*+
     | [(){},;=<>?]
     | "(?:[^"\\\n]++|\\.)*+"
+    | \[\s*+name\s*+=\s*+(?:string|tensor<string,\ ?\[\]>)\(\s*+"(?:[^"\\\n]++|\\.)*+"\s*+\)\s*+\]
     | \[[\[\s]{0,40}+[-+.\da-zA-Z,?\s]*+\]                                      # the numbers of a literal
         (?:[\s\]]*+,\s*+\[[\[\s]*+[-+.\da-zA-Z,?\s]*+\])*+(?:\s*+\])*+
     | [\[\]]
@@ -301,8 +301,10 @@ class _Parser:
         token = tokens[self.i]
         if token in types or token in CONTAINERS or "<" in token:
             while True:
-                type = types.get(tokens[self.i]) or self.type()
-                if type is types.get(tokens[self.i]):
+                type = types.get(tokens[self.i])
+                if type is None:
+                    type = self.type()
+                else:
                     self.i += 1
                 outputs.append(Formal(type, self.name("a name for the statement's result"), self.i - 1))
                 token = tokens[self.i]
@@ -389,6 +391,10 @@ class _Parser:
         if token != "[":
             if not token.startswith("["):
                 return {}
+            if "=" in token:
+                self.i += 1
+                name = token[token.index('"') : token.rindex('"') + 1]
+                return {"name": Typed(self.types["string"], name, self.i - 1)}
             if token.strip("[] \t\r\n") or token.count("[") != 1 or token.count("]") != 1:
                 self.fail("attributes such as [name = string(\"x\")]")
             self.i += 1
@@ -451,10 +457,10 @@ class _Parser:
         if token in ("(", "{", "["):
             return self.compound(token)
         first = token[:1]
-        if first == "[":
+        if first == "[" and "=" not in token:
             if token.count("[") != token.count("]"):
                 self.fail("a literal with as many '[' as ']'")
-        elif not (first == '"' or first.isdigit() or first in ("-", "+", ".") and token != "->" or token in _WORDS):
+        elif not (first == '"' or first.isdigit() or (first in ("-", "+", ".") and token != "->") or token in _WORDS):
             self.fail("a literal")
         self.i += 1
         return token
