@@ -6,11 +6,71 @@ import functools
 import random
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from anert import Decoder, Plugin, Spec, nn
+
+plugin = Plugin("stories", api=1)
+
+# ---- The model
+
+
+@dataclass(frozen=True)
+class Config:
+    """Fields as in llama2.c; `vocab_size` follows the tokenizer of a new run."""
+
+    dim: int = 768
+    hidden_dim: int = 2048
+    n_layers: int = 12
+    n_heads: int = 12
+    n_kv_heads: int = 12
+    vocab_size: int = 32000
+    seq_len: int = 256
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+
+def attention(cfg, x, w, pos):  # x (dim, N)
+    h = nn.rmsnorm(x, w.attn_norm, cfg.norm_eps)
+    q, k, v = (nn.heads(m @ h, n) for m, n in ((w.wq, cfg.n_heads), (w.wk, cfg.n_kv_heads), (w.wv, cfg.n_kv_heads)))
+    return x + w.wo @ nn.merge(nn.causal_attention(nn.rope(q, pos), nn.rope(k, pos), v, pos))
+
+
+def ffn(cfg, x, w, pos):  # SwiGLU (Shazeer 2020)
+    h = nn.rmsnorm(x, w.ffn_norm, cfg.norm_eps)
+    return x + w.w2 @ (nn.silu(w.w1 @ h) * (w.w3 @ h))
+
+
+@plugin.model("tiny", Config(dim=128, hidden_dim=352, n_layers=4, n_heads=4, n_kv_heads=4, vocab_size=1024, seq_len=128),
+              batch=4, steps=4000, time_budget=90, lr=2e-3, warmup=50, eval_every=100, sample_every=100)  # fmt: skip
+@plugin.model("260k", Config(dim=64, hidden_dim=172, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, seq_len=512))
+@plugin.model("15m", Config(dim=288, hidden_dim=768, n_layers=6, n_heads=6, n_kv_heads=6))
+@plugin.model("42m", Config(dim=512, hidden_dim=1376, n_layers=8, n_heads=8, n_kv_heads=8))
+@plugin.model("110m", Config())
+class Stories(Decoder):
+    """Llama-style: RoPE, RMSNorm, SwiGLU, grouped queries, tied classifier (Touvron et al. 2023; karpathy/llama2.c)."""
+
+    blocks = (attention, ffn)
+
+    def layer_params(self, cfg):
+        kv, out = cfg.dim // cfg.n_heads * cfg.n_kv_heads, 0.02 / (2 * cfg.n_layers) ** 0.5
+        return {
+            "attn_norm": Spec.ones(cfg.dim),
+            "wq": Spec.normal(cfg.dim, cfg.dim),
+            "wk": Spec.normal(kv, cfg.dim),
+            "wv": Spec.normal(kv, cfg.dim),
+            "wo": Spec.normal(cfg.dim, cfg.dim, std=out),  # residual outputs start smaller (Radford et al. 2019)
+            "ffn_norm": Spec.ones(cfg.dim),
+            "w1": Spec.normal(cfg.hidden_dim, cfg.dim),
+            "w2": Spec.normal(cfg.dim, cfg.hidden_dim, std=out),
+            "w3": Spec.normal(cfg.hidden_dim, cfg.dim),
+        }
+
+
 # ---- The corpus: children's stories from a grammar. A line is a sentence of the story; ` / `, also at the start of a
-# line, is another way to say it; {slot} is filled in, [a|b] is a choice. A is the hero, B the friend. They, the thing and
-# the places stay the same through a story.
+# line, is another way to say it; {slot} is filled in, [a|b] is a choice. A is the hero, B the friend. They, the thing
+# and the places stay the same through a story.
 
 NAMES = {
     "he": "Tom Ben Max Sam Leo Finn Oscar Jack Theo Hugo Milo Otis Jasper Felix Rufus Barnaby",
@@ -69,7 +129,7 @@ One {weather} {when}, {A} {went} to {place}. / On a {weather} {when}, {he} {went
 """
 ENDING = """
 {A} learned that [a good friend is worth more than gold|it is brave to ask for help|kind words make hard days easy].
-/ And so {A} knew that [sharing makes all things sweeter|even a small friend can be a great help|nobody has to be alone].
+/ And so {A} knew that [sharing makes all things sweet|even a small friend can be a great help|nobody has to be alone].
 / {He} never forgot how [kind|good|patient] {B} had been.
 From that day on, {A} and {B} were the best of friends.
 / That night, {A} went to bed with a smile and slept [well|softly|deeply].
@@ -246,6 +306,7 @@ def story(rng: random.Random) -> str:
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
+@plugin.dataset("storybook")
 def write_corpus(
     path: Path, megabytes: float, seed: int, progress: Callable[[float, float], None] | None = None
 ) -> None:
