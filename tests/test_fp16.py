@@ -1,4 +1,4 @@
-"""fp16 conversions, bit for bit, on every instruction set: NumPy is the oracle for numbers, the hardware's rule for NaN."""
+"""fp16 conversions, bit for bit, on every instruction set: NumPy is the oracle, the hardware's rule that for NaN."""
 
 import functools
 import os
