@@ -19,6 +19,7 @@ from anert.mil.graph import Function, Op, Value
 PORT_STORAGE = {"fp16": "f16", "fp32": "f32", "int32": "i32", "bool": "u8", "int8": "i8", "uint8": "u8"}
 """How a port of a MIL dtype lies in its surface."""
 
+CONTRACTION_LIMIT = 32752.0
 PULLED = frozenset({"add", "sub", "mul"})
 """Ops that are written twice rather than kept in memory between two views."""
 
@@ -206,9 +207,13 @@ class Lowering:
         self.graph.add(Node(kind, "", tuple(shape), tuple(sources), out, args=args, label=self.label))
         return out
 
-    def rounded(self, x: Ref, dtype: str) -> Ref:
-        """In precision fp16, x rounded to fp16 and its overflows counted under this op's name; else x."""
+    def rounded(self, x: Ref, dtype: str, contraction: bool = False) -> Ref:
+        """In precision fp16, x rounded to fp16 and its overflows counted under this op's name; else x.
+
+        A contraction's result past 32752 is inf, as on the ANE (ane_facts section 5).
+        """
         if self.precision != "fp16" or dtype != "fp16":
             return x
         self.graph.counters.append(self.label)
-        return self.ew("half", x.shape, x, counter=len(self.graph.counters) - 1)
+        limit = CONTRACTION_LIMIT if contraction else 65504.0
+        return self.ew("half", x.shape, x, counter=len(self.graph.counters) - 1, limit=limit)

@@ -26,7 +26,7 @@ def _result(low: Lowering, op: Op, y: Ref) -> list[Ref]:
     """y in the op's shape and dtype, rounded where the precision says so."""
     if not is_float(op.out.dtype):
         y = low.ew("to_i32", y.shape, y, dtype="i32")
-    y = low.rounded(y, op.out.dtype)
+    y = low.rounded(y, op.out.dtype, contraction=True)
     return [y if y.shape == op.out.shape else low.reshape(y, op.out.shape)]
 
 
@@ -124,10 +124,10 @@ def _exchanged(low: Lowering, op: Op, x: Ref, turned: bool) -> Ref | None:
     if found is None:
         return None
     block, factors = found
-    n, channels = x.shape[:2]
-    paired = (n, channels // (2 * block), 2, block, math.prod(x.shape[2:]))
-    cut = ((0, n, 1), (0, paired[1], 1), (1, 2, -1), (0, block, 1), (0, paired[4], 1))
-    scale = low.constant(factors.reshape(1, paired[1], 2, block, 1))
+    n, groups = x.shape[0], op.attrs["groups"]
+    paired = (n, groups, x.shape[1] // groups // (2 * block), 2, block, math.prod(x.shape[2:]))
+    cut = tuple((1, 2, -1) if axis == 3 else (0, extent, 1) for axis, extent in enumerate(paired))
+    scale = low.constant(factors.reshape(1, *paired[1:5], 1))
     y = low.ew("mul", paired, low.pulled(low.reshape(x, paired), ("slice", cut)), scale)
     return low.reshape(y, op.out.shape)
 
