@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,15 @@ from anert.tokenizer.merge import SHORT, Merges
 
 TEXTS = ["tinystories_10k", "tinyshakespeare", "grimm_pg2591", "andersen_en", "andersen_da_200k", "andersen_es_200k"]
 TIKTOKEN_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-TIKTOKEN_CL100K = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+TIKTOKEN_CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
 
-words = st.sampled_from(["Once", "upon", " a", "time", "don't", "WE'LL", "  ", "   ", "\n", "\r\n", "\t", "12345", "é", "日本",
-                         "\u2581", "🙂", "e\u0301", "<s>", "<0x41>", "<|endoftext|>", "...", "²", "\x1c", "\xa0", "\x00"])  # fmt: skip
+LETTERS = (
+    "Once|upon| a|time|don't|WE'LL|  |   |\n|\r\n|\t|12345|é|日本|\u2581|🙂|e\u0301|<s>|<0x41>|...|²|\x1c|\xa0|\x00"
+)
+words = st.sampled_from([*LETTERS.split("|"), "<|endoftext|>"])
 texts = st.one_of(st.text(max_size=60), st.lists(st.one_of(words, st.text(max_size=4)), max_size=25).map("".join))
 
 
@@ -125,7 +131,7 @@ def run_c_encode(tokenizer, text):
         ids += [index[c]] if c in index else [b + 3 for b in c.encode()]
     while True:
         best = max(
-            ((scores[index[pieces[a] + pieces[b]]], -i) for i, (a, b) in enumerate(zip(ids, ids[1:], strict=False))
+            ((scores[index[pieces[a] + pieces[b]]], -i) for i, (a, b) in enumerate(pairwise(ids))
              if pieces[a] + pieces[b] in index), default=None,
         )  # fmt: skip
         if best is None:
@@ -268,7 +274,7 @@ def plain_bpe_merges(text, n, pattern):
     while len(merges) < n:
         pairs = Counter()
         for w, s in symbols.items():
-            for pair in zip(s, s[1:], strict=False):
+            for pair in pairwise(s):
                 pairs[pair] += counts[w]
         if not pairs or max(pairs.values()) < 2:
             break
@@ -416,7 +422,7 @@ def test_encoding_in_pieces_is_encoding_at_once(llama, tok512, gpt2, trained, te
     base.SEGMENT = 8
     try:
         at = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
-        pieces = [text[a:b] for a, b in zip(at, at[1:], strict=False)]
+        pieces = [text[a:b] for a, b in pairwise(at)]
         for tokenizer in (llama, tok512, gpt2, trained["cl100k"]):
             parts = list(tokenizer.encode_pieces(pieces, bos=True, eos=True))
             assert [i for p in parts for i in p] == tokenizer.encode(text, bos=True, eos=True)
@@ -480,7 +486,7 @@ def test_truncated_files(shared_data, tmp_path, name):
     data = (shared_data / "llama2c" / name).read_bytes()
     whole = load_tokenizer(shared_data / "llama2c" / name).vocab_size
     path, refused = tmp_path / name, 0
-    for n in [*range(1, 60), *random.Random(2).sample(range(60, len(data)), 20)]:
+    for n in [*range(1, 60), *random.Random(2).sample(range(60, len(data)), 12)]:
         path.write_bytes(data[:n])
         try:
             assert load_tokenizer(path).vocab_size < whole  # cut between two tokens: the model's size tells
@@ -512,7 +518,7 @@ def test_any_bytes_are_a_tokenizer_or_an_input_error(tmp_path_factory, data):
         ('{"model": {"type": "BPE", "byte_fallback": true}}', "byte fallback"),
         ('{"model": {"vocab": {}, "merges": []}, "pre_tokenizer": null}', "no ByteLevel"),
         ('{"model": {"vocab": {"a": 0}}, "pre_tokenizer": {"type": "ByteLevel"}}', "not a tokenizer.json"),
-        ('{"model": {"vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}', "no token for byte 0x00"),
+        ('{"model": {"vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}', "byte 0x00"),
         ('{"model": {"vocab": {"a": 0, "b": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}', "doubled"),
         ('{"model": {"vocab": {"a": 99999999}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}', "sparse"),
         ('{"format": "anert byte-bpe tokenizer", "version": 2}', "update anert"),
