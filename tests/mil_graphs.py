@@ -11,7 +11,23 @@ from op_cases import CASES, Source
 from anert.mil.graph import Function, Value, mil_dtype
 from anert.mil.ops.table import emit, lookup
 
-NAMES = ("x", "y", "_", "cond", "block", "inf", "nan", "func_1", "A", "a", "c_0", "BLOBFILE", "ios18", "weights__0", "name")
+NAMES = (
+    "x",
+    "y",
+    "_",
+    "cond",
+    "block",
+    "inf",
+    "nan",
+    "func_1",
+    "A",
+    "a",
+    "c_0",
+    "BLOBFILE",
+    "ios18",
+    "weights__0",
+    "name",
+)
 HINTS = st.sampled_from((*NAMES, None))
 
 
@@ -41,7 +57,8 @@ class Grower:
         case = CASES[kind](self.source)
         row = lookup(kind)
         inputs = {
-            k: tuple(self.value(x) for x in a) if isinstance(a, tuple) else self.value(a) for k, a in case.inputs.items()
+            k: tuple(self.value(x) for x in a) if isinstance(a, tuple) else self.value(a)
+            for k, a in case.inputs.items()
         }
         attrs = {k: v for k, v in case.attrs.items() if row.arg(k).since <= self.function.opset}
         self.values += emit(kind, inputs, attrs, self.draw(HINTS), self.function)
@@ -76,7 +93,9 @@ def evaluate(function: Function, inputs: dict[str, np.ndarray]) -> list[np.ndarr
             if op.kind == "const":
                 known[op.out] = widen(op.attrs["val"])
                 continue
-            operands = {k: tuple(known[x] for x in v) if isinstance(v, tuple) else known[v] for k, v in op.inputs.items()}
+            operands = {
+                k: tuple(known[x] for x in v) if isinstance(v, tuple) else known[v] for k, v in op.inputs.items()
+            }
             results = lookup(op.kind).numpy(operands, op.attrs)
             known.update(zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True))
     return [np.asarray(known[v]) for v in function.outputs]

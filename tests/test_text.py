@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mil_graphs import functions
+from op_cases import CASES, Case, op_cases, trace
 
 from anert.errors import AnertError, InputError, MILSyntaxError, ShapeError, UnsupportedError
 from anert.mil import ops
@@ -67,6 +68,22 @@ class TestRoundTrip:
         assert again.main == f
         assert print_module(again.main, type(weights)() if weights else None, threshold) == text
 
+    @pytest.mark.parametrize("kind", sorted(CASES))
+    def test_every_op_in_both_dialects(self, kind: str) -> None:
+        @examples(6)
+        @given(op_cases(kind, 5), st.sampled_from(("ios16", "ios18")))
+        def check(case: Case, opset: str) -> None:
+            f = trace(kind, case)
+            f.opset = opset
+            try:
+                text = print_module(f)
+            except UnsupportedError as error:
+                assert opset == "ios16" and "needs ios1" in str(error)
+                return
+            assert parse(text).main == f
+
+        check()
+
     @examples(300)
     @given(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 4), max_size=4), st.randoms(), st.booleans())
     def test_constants_of_random_bits(self, dtype: str, shape: list[int], rng: random.Random, modern: bool) -> None:
@@ -99,7 +116,7 @@ class TestRoundTrip:
         assert back.hex() == value.hex() or (back != back and value != value)
 
     def test_strings_with_quotes_and_control_characters(self) -> None:
-        info = {"k\\\"ey\n": 'a "quoted"\ttext \\ and ü', "empty": ""}
+        info = {'k\\"ey\n': 'a "quoted"\ttext \\ and ü', "empty": ""}
         f = Function()
         f.returns(f.input("a", (1,)))
         assert parse(print_module(Module({"main": f}, info))).build_info == info
@@ -397,7 +414,9 @@ class TestHostile:
                 elif edit == 3:
                     mutant[i], mutant[j] = mutant[j], mutant[i]
                 else:
-                    mutant[i] = rng.choice(["0", "-1", "99999999999", "?", "[", "]", '"', "\0", "é", "//", "0x", "1e999", "nan"])
+                    mutant[i] = rng.choice(
+                        ["0", "-1", "99999999999", "?", "[", "]", '"', "\0", "é", "//", "0x", "1e999", "nan"]
+                    )
             text = "".join(mutant)
             start = time.perf_counter()
             try:
