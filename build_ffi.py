@@ -25,6 +25,7 @@ from typing import Any
 from cffi import FFI
 from setuptools import Distribution
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = ROOT / "native"
@@ -142,7 +143,10 @@ def main() -> None:
     parser.add_argument("--werror", action="store_true", help="treat warnings as errors")
     parser.add_argument("--force", action="store_true", help="recompile everything")
     options = parser.parse_args()
-    print(build(options.out, options.werror, options.force), file=sys.stderr)
+    try:
+        print(build(options.out, options.werror, options.force), file=sys.stderr)
+    except (CompileError, LinkError) as error:
+        raise SystemExit(f"the native core did not build: {error}") from None
 
 
 if __name__ == "__main__":

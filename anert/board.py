@@ -5,6 +5,7 @@ Pure but for the clock: no terminal and no rich here. `update` is O(1); `frame` 
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import unicodedata
@@ -19,6 +20,10 @@ from anert.report import PARTS, clock, count, flops, log_line, progress_text, si
 PART_STYLES = dict.fromkeys(PARTS, "engine") | {"optimizer": "weights", "sync": "weights"}
 PART_STYLES |= {"data": "rest", "dashboard": "rest", "other": "rest"}
 GAP = 3
+NOT_NARROW = re.compile(
+    "[\u0300-\u036f\u0483-\u0489\u0590-\u1fff\u200b-\u200f\u20d0-\u20ff\u231a-\u24ff\u2600-\u27ff\u2900-\U0010ffff]"
+)
+"""Characters that may take none or two cells; what the board itself draws is outside."""
 
 
 @dataclass(slots=True)
@@ -192,20 +197,30 @@ def _wide(s: State, width: int, height: int) -> list[Line]:
 
 def _beside(a: Sequence[Line], b: Sequence[Line], width: int) -> list[Line]:
     rows = max(len(a), len(b))
-    pad = lambda lines: [*lines, *[[]] * (rows - len(lines))]  # noqa: E731
-    return [[*_fit(x, width), (" " * GAP, ""), *y] for x, y in zip(pad(a), pad(b), strict=True)]
+    a, b = [*a, *[[]] * (rows - len(a))], [*b, *[[]] * (rows - len(b))]
+    return [[*_fit(x, width), (" " * GAP, ""), *y] for x, y in zip(a, b, strict=True)]
 
 
 def _header(s: State, width: int) -> Line:
+    """What runs and on what; the least important words give way first."""
     if s.start is None:
         return [("anert", "name")]
     r = s.start
-    left: Line = [("anert ", "dim"), (f"{r.plugin}:{r.preset}", "name"), (f"  {si(r.n_params)} params", "")]
-    engine = f"{r.backend} {r.precision} {r.isa}"
-    right: Line = [(engine, "name"), (f"  {r.threads} thread{'s' * (r.threads != 1)}  {r.layout}", "dim")]
     spent = r.compiles if s.step is None else s.step.compiles
-    right.append((f"  {spent}/{r.compile_budget} compiles", "bad" if spent > r.kernels else "dim"))
-    return _ends(left, right, width)
+    compiles: Line = [(f"  {spent}/{r.compile_budget} compiles", "bad" if spent > r.kernels else "dim")]
+    engine: Line = [(f"{r.backend} {r.precision} {r.isa}", "name")]
+    engine.append((f"  {r.threads} thread{'s' * (r.threads != 1)}", "dim"))
+    size: Line = [(f"  {si(r.n_params)} params", "")]
+    model: Line = [(f"{r.plugin}:{r.preset}", "name")]
+    layout: Line = [(f"  {r.layout}", "dim")]
+    for left, right in (
+        ([("anert ", "dim"), *model, *size], [*engine, *layout, *compiles]),
+        ([*model, *size], [*engine, *layout, *compiles]),
+        ([*model, *size], [*engine, *compiles]),
+    ):
+        if _cells(left) + _cells(right) + 2 <= width:
+            return _ends(left, right, width)
+    return _ends(model, [*engine[:1], *compiles], width)
 
 
 def _progress(s: State, width: int) -> Line:
@@ -255,55 +270,74 @@ def _step_legend(s: State) -> Line:
 
 
 def _parts(s: State, width: int) -> list[Line]:
-    """A row each: name, bar, milliseconds, share of the step."""
+    """A row each: name, bar (the longest part fills it), milliseconds, share of the step."""
     whole = s.ms.get("step", 0.0)
     times = {name: s.ms.get(name, 0.0) for name in PARTS}
     times["other"] = max(whole - sum(times.values()), 0.0)
-    room = max(width - 13 - 16, 4)
+    longest = max(times.values()) or 1.0
     rows: list[Line] = []
     for name, value in times.items():
         share = value / whole if whole else 0.0
-        percent = f"{share:5.0%}" if share >= 0.0995 or not share else f"{share:5.1%}"
-        label = name.replace("_", " ").replace("weight grads", "weight grads")
-        figures = f"{value:8,.1f} ms{percent:>5}"
-        rows.append([(f"{label:<13}", "dim"), (bar(share, room), PART_STYLES[name]), (figures, "")])
+        percent = f"{share:.0%}" if share >= 0.0995 or not share else f"{share:.1%}"
+        figures = f" {value:8,.1f} ms {percent:>5}"
+        stroke = bar(value / longest, max(width - 13 - len(figures), 0))
+        rows.append([(f"{name.replace('_', ' '):<13}", "dim"), (stroke, PART_STYLES[name]), (figures, "")])
     return rows
 
 
 def _numbers(s: State, width: int) -> list[Line]:
+    """A row each: name, figure, unit, and its course or a remark."""
     step, r = s.step, s.start
     if step is None or r is None:
-        return [[("-", "dim")]] * 10
+        return [[("-", "dim")]] + [[]] * 8
     rate = s.ms["flops"] / s.ms["step"] * 1e3 if s.ms.get("step") else 0.0
     peak = r.peak_gflops * 1e9
     amount, unit = flops(rate).split(" ")
-    of_peak = f"{rate / peak:.0%} of {flops(peak)} measured" if peak else "peak not measured"
-    spark = max(min(width - 31, 40), 0)
+    resident, prefix = si(step.rss_bytes, "B").split(" ")
+    room = max(width - 32, 0)
+    remark = f"{rate / peak:.0%}" if peak else ""
+    for longer in (f"{remark} of peak", f"{remark} of {flops(peak)} measured"):
+        remark = longer if peak and len(longer) <= room else remark
+    spark = min(room, 40)
     rows: list[tuple[str, str, str, str, str]] = [
         ("learning rate", f"{step.lr:.2e}", "", sparkline(s.lr.y, spark), "spark"),
         ("gradient norm", significant(step.grad_norm), "", sparkline(s.norm.y, spark), "spark"),
         ("loss scale", count(step.loss_scale), "", sparkline(s.scale.y, spark), "spark"),
-        ("skipped", count(s.skipped), "steps", "", "val" if s.skipped else "dim"),
-        ("largest |x|", significant(step.amax), "", "", "dim"),
-        ("clamped", count(s.clamped), "weights", "", "val" if s.clamped else "dim"),
-        ("tokens", count(step.tokens_per_s), "tok/s", sparkline(s.speed.y, max(spark - 2, 0)), "spark"),
-        ("arithmetic", amount, unit, of_peak if width >= 58 else of_peak.split(" of")[0] + " of peak", "dim"),
-        ("memory", si(step.rss_bytes, "B").split(" ")[0], si(step.rss_bytes, "B").split(" ")[-1], "resident", "dim"),
+        ("skipped", count(s.skipped), "steps", "", "dim"),
+        ("residual max", significant(step.amax), "", "", "dim"),
+        ("clamped", count(s.clamped), "weights", "", "dim"),
+        ("tokens", count(step.tokens_per_s), "tok/s", sparkline(s.speed.y, spark), "spark"),
+        ("arithmetic", amount, unit, remark, "dim"),
+        ("memory", resident, prefix, "resident" if room >= 8 else "RSS", "dim"),
     ]
+    alarm = {"skipped": s.skipped, "clamped": s.clamped}
     return [
-        [(f"{n:<14}", "dim"), (f"{v:>10}", ""), (f" {u:<6}" if u else "   ", "dim"), (e, c)] for n, v, u, e, c in rows
+        [
+            (f"{n:<13}", "dim"),
+            (f"{v:>9}", "val" if alarm.get(n) else ""),
+            (f" {u:<9}", "dim"),
+            (e if len(e) <= room else "", style),
+        ]
+        for n, v, u, e, style in rows
     ]
 
 
 def _model(s: State, width: int) -> list[Line]:
+    """What RunStarted says of the data and the config, the config in two columns."""
     if s.start is None:
         return []
     r = s.start
-    pairs = [(k, f"{v:g}" if isinstance(v, float) else str(v)) for k, v in r.config.items()]
     rows = [("dataset", r.dataset), ("tokens", f"{si(r.train_tokens)} to train, {si(r.val_tokens)} to validate")]
     rows += [("tokenizer", r.tokenizer), ("kernels", f"{r.kernels}, compiled in {r.compile_ms:,.0f} ms")]
-    rows += [("step", f"{count(r.tokens_per_step)} tokens"), ("out", r.out_dir)]
-    return [_ends([(k, "dim")], [(clip_text(v, width - len(k) - 2), "")], width) for k, v in rows + pairs]
+    rows += [("a step", f"{count(r.tokens_per_step)} tokens"), ("out", r.out_dir)]
+    lines = [_pair(name, text, width) for name, text in rows]
+    half = (width - GAP) // 2
+    config = [_pair(k, f"{v:g}" if isinstance(v, float) else str(v), half) for k, v in r.config.items()]
+    return [*lines, *_beside(config[::2], config[1::2], half)]
+
+
+def _pair(name: str, text: str, width: int) -> Line:
+    return _ends([(name, "dim")], [(clip_text(clean(text), width - len(name) - 2), "")], width)
 
 
 def _story(s: State, width: int, height: int) -> list[Line]:
@@ -333,7 +367,7 @@ def clean(text: str) -> str:
 
 def cell_len(text: str) -> int:
     """Cells that a terminal gives to `text`."""
-    if text.isascii():
+    if NOT_NARROW.search(text) is None:
         return len(text)
     return sum(_char_cells(c) for c in text)
 

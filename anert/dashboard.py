@@ -25,9 +25,9 @@ STYLES = {
     "name": "bold",
     "title": "bold",
     "dim": "#7d8590",
-    "faint": "#454d58",
+    "faint": "#5a626e",
     "train": "#539bf5",
-    "raw": "#3f6080",
+    "raw": "#6f87a3",
     "val": "#d9a441",
     "bad": "bold #e5534b",
     "engine": "#539bf5",
@@ -38,7 +38,7 @@ STYLES = {
 """Mid-tones that read on dark and on light terminals."""
 
 INTERVAL_S = 0.25
-SHARE = 0.008
+SHARE = 0.005
 """Of one core, that drawing may take: a slow terminal or a big frame is drawn less often."""
 REPAINT_S = 5.0
 """Whatever else wrote over the screen is painted over after this long."""

@@ -1,4 +1,4 @@
-"""Typed events: what a verb yields and everything else (dashboard, JSONL, tests, notebooks) reads. No prints to parse."""
+"""Typed events: what a verb yields and all else (dashboard, JSONL, tests, notebooks) reads. No prints to parse."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Event:
     """Base of all events; `as_dict` is the JSONL form, with the class name under `event`."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {"event": type(self).__name__, **dataclasses.asdict(self)}
+        return {"event": type(self).__name__, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Event):
-    """One optimizer step. `ms` splits `step_ms`: data, forward, head, backward, weight_grads, optimizer, sync, dashboard."""
+    """One optimizer step. `ms` splits `step_ms` into report.PARTS: data, forward, head, backward, ..., dashboard."""
 
     step: int
     loss: float
@@ -121,7 +121,7 @@ class Saved(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunDone(Event):
-    """The end, however it came: `reason` is `steps`, `time`, `interrupted` or `diverged`; `summary` has design.md 11's keys."""
+    """The end, however it came. reason: `steps`, `time`, `interrupted` or `diverged`; `summary`: design.md 11."""
 
     reason: str
     summary: dict[str, Any]

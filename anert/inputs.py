@@ -1,4 +1,5 @@
-"""What a run starts from: its directory, initial weights, tokenizer and data; and what it will need of memory and disk."""
+"""What a run starts from: its directory, initial weights, tokenizer and data; and what it will need of memory and
+disk."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ CORPUS_MB = 4.0
 
 
 def run_dir(plugin: str, preset: str, options: TrainOptions) -> Path:
-    """Where the run keeps everything: --out, else the next free runs/<plugin>-<preset>-<n>. A new run never takes a used one."""
+    """Where the run keeps everything: --out, else the next free runs/<plugin>-<preset>-<n>. A new run never takes a
+    used one."""
     if options.out:
         out = Path(options.out)
         if options.init != "resume" and any(out.glob("step-*")):
@@ -58,7 +60,7 @@ def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) 
     from anert.formats import llama2c
 
     if options.init == "scratch":
-        return Weights(config)  # noqa: B901 - `yield from` hands it on
+        return Weights(config)
     if options.init == "resume":
         found = checkpoint.load(out)
         for path, why in found.skipped:
@@ -88,7 +90,9 @@ def _follow(config: Any, recorded: Mapping[str, Any]) -> Any:
     """`config` with the values of a checkpoint's. InputError if that one is of another model."""
     unknown = set(recorded) - _names(config)
     if unknown:
-        raise InputError(f"the checkpoint's config has {', '.join(sorted(unknown))}, which this model does not: another plugin's?")
+        raise InputError(
+            f"the checkpoint's config has {', '.join(sorted(unknown))}, which this model does not: another plugin's?"
+        )
     return dataclasses.replace(config, **recorded)
 
 
@@ -103,7 +107,9 @@ class Data:
     config: Any
 
 
-def open_data(plugin: Plugin, preset: Preset, config: Any, options: TrainOptions, out: Path, weights: Weights) -> Iterator[Event]:
+def open_data(
+    plugin: Plugin, preset: Preset, config: Any, options: TrainOptions, out: Path, weights: Weights
+) -> Iterator[Event]:
     """Yields progress; returns the Data: tokenizer found or trained, text written or read, tokenized, mapped."""
     from anert import data
     from anert.tokenizer import load_tokenizer

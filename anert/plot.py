@@ -1,4 +1,4 @@
-"""Drawing with characters: bars of eighths, sparklines, line charts of braille dots. Pure: text and style names only.
+"""Drawing with characters: bars, and lines of braille dots. Pure: text and style names only.
 
 A line of a frame is a list of spans (text, style name); styles get their colors in anert/dashboard.py.
 """
@@ -12,8 +12,6 @@ from collections.abc import Iterable, Sequence
 Span = tuple[str, str]
 Line = list[Span]
 
-EIGHTHS = " ▏▎▍▌▋▊▉█"
-LEVELS = "▁▂▃▄▅▆▇█"
 DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 """Bit of the braille dot at [row][column] of a cell (Unicode block U+2800)."""
 
@@ -26,7 +24,7 @@ class History:
 
     __slots__ = ("_count", "_sum", "capacity", "stride", "x", "y")
 
-    def __init__(self, capacity: int = 512) -> None:
+    def __init__(self, capacity: int = 256) -> None:
         self.capacity = capacity
         self.stride = 1
         self.x: list[float] = []
@@ -72,25 +70,27 @@ class Ema:
 
 
 def bar(fraction: float, width: int) -> str:
-    """A bar of `fraction` of `width` cells, in steps of an eighth of a cell, padded to the width."""
+    """A bar of `fraction` of `width` cells, in steps of half a cell, padded to the width; more than nothing shows."""
     fraction = min(max(fraction, 0.0), 1.0) if math.isfinite(fraction) else 0.0
-    eighths = round(fraction * width * 8)
-    if fraction > 0:
-        eighths = max(eighths, 1)
-    full, rest = divmod(eighths, 8)
-    return ("█" * full + (EIGHTHS[rest] if rest else "")).ljust(width)
+    halves = round(fraction * width * 2) or int(fraction > 0)
+    full, half = divmod(halves, 2)
+    return ("━" * full + "╸" * half).ljust(width)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The series in `width` cells at most, lowest to highest; constant series lie on the ground."""
+    """The series as a line of braille dots in `width` cells, from its lowest to its highest value."""
     if not values or width < 1:
         return ""
-    means = resample(values, min(width, len(values)))
+    means = resample(values, min(2 * width, len(values)))
     low, high = min(means), max(means)
-    if high <= low:
-        return LEVELS[0] * len(means)
-    top = len(LEVELS) - 1
-    return "".join(LEVELS[round((v - low) / (high - low) * top)] for v in means)
+    canvas = Canvas(width, 1)
+    before = None
+    for i, v in enumerate(means):
+        x = round(i * (2 * width - 1) / max(len(means) - 1, 1))
+        y = 3 - round((v - low) / (high - low) * 3) if high > low else 3
+        canvas.line(*(before or (x, y)), x, y, "")
+        before = (x, y)
+    return "".join(text for text, _ in canvas.rows()[0])
 
 
 def resample(values: Sequence[float], n: int) -> list[float]:
@@ -119,7 +119,7 @@ class Canvas:
     def __init__(self, width: int, height: int) -> None:
         self.width, self.height = width, height
         self.bits = [[0] * width for _ in range(height)]
-        self.styles = [[""] * width for _ in range(height)]
+        self.styles = [["faint"] * width for _ in range(height)]
         self.marks: dict[tuple[int, int], Span] = {}
 
     def dot(self, x: int, y: int, style: str) -> None:
@@ -130,9 +130,11 @@ class Canvas:
 
     def line(self, x0: int, y0: int, x1: int, y1: int, style: str) -> None:
         """Dots from one to the other (digital differential analyser)."""
-        n = max(abs(x1 - x0), abs(y1 - y0), 1)
-        for i in range(n + 1):
-            self.dot(round(x0 + (x1 - x0) * i / n), round(y0 + (y1 - y0) * i / n), style)
+        n = max(abs(x1 - x0), abs(y1 - y0))
+        for i in range(1, n):
+            self.dot(x0 + round((x1 - x0) * i / n), y0 + round((y1 - y0) * i / n), style)
+        self.dot(x0, y0, style)
+        self.dot(x1, y1, style)
 
     def mark(self, x: int, y: int, char: str, style: str) -> None:
         """A character in the cell of a dot, over whatever the dots show."""
@@ -145,22 +147,14 @@ class Canvas:
         return [self._row(r, "┈" if r in ruled else " ") for r in range(self.height)]
 
     def _row(self, r: int, empty: str) -> Line:
-        line: Line = []
-        text, style = "", ""
-        for c, bits in enumerate(self.bits[r]):
-            mark = self.marks.get((r, c))
-            if mark is not None:
-                char, own = mark
-            elif bits:
-                char, own = chr(0x2800 + bits), self.styles[r][c]
-            else:
-                char, own = empty, "faint"
-            if own != style and text:
-                line.append((text, style))
-                text = ""
-            text, style = text + char, own
-        line.append((text, style))
-        return line
+        chars = [chr(0x2800 + bits) if bits else empty for bits in self.bits[r]]
+        styles = list(self.styles[r])
+        for (row, c), (char, style) in self.marks.items():
+            if row == r:
+                chars[c], styles[c] = char, style
+        text = "".join(chars)
+        edges = [0, *(c for c in range(1, self.width) if styles[c] != styles[c - 1]), self.width]
+        return [(text[a:b], styles[a]) for a, b in itertools.pairwise(edges)]
 
 
 def chart(raw: History, smooth: History, points: Sequence[tuple[float, float]], width: int, height: int) -> list[Line]:
@@ -190,7 +184,8 @@ def chart(raw: History, smooth: History, points: Sequence[tuple[float, float]], 
     for x, y in points:
         canvas.mark(*place(x, y), "●", "val")
     labels = {
-        min(round((high - t) / (high - low) * tall) >> 2, rows - 1): t for t in ticks(low, high, max(rows // 2, 2))
+        min(round((high - t) / (high - low) * tall) >> 2, rows - 1): t
+        for t in ticks(low, high, max(min(rows // 2, 7), 2))
     }
     lines = []
     for r, line in enumerate(canvas.rows(labels)):
@@ -213,10 +208,11 @@ def _places(span: float) -> int:
 
 
 def _x_axis(low: float, high: float, left: int, width: int) -> Line:
+    """Round steps below the chart, each centered under its column."""
     cells = [" "] * (left + width)
-    for position in (0.0, 0.5, 1.0):
-        text = f"{low + (high - low) * position:,.0f}"
-        start = left + round(position * (width - 1)) - (0 if position == 0 else len(text) // 2)
-        start = max(left, min(start, left + width - len(text)))
-        cells[start : start + len(text)] = text
+    for tick in ticks(low, high, max(width // 12, 2)):
+        text = f"{tick:,.0f}"
+        at = left + round((tick - low) / (high - low) * (width - 1)) - len(text) // 2
+        at = max(left, min(at, left + width - len(text)))
+        cells[at : at + len(text)] = text
     return [("".join(cells), "dim")]

@@ -25,10 +25,16 @@ void anert_fp16_up_block(const uint16_t *src, size_t ss, float *dst, size_t ds, 
             dst[c * ds + r] = anert_float(src[r * ss + c]);
 }
 
+void anert_fp16_turn_block(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols) {
+    for (size_t r = 0; r < rows; r++)
+        for (size_t c = 0; c < cols; c++)
+            dst[c * ds + r] = src[r * ss + c];
+}
+
 static size_t count_past(const float *src, size_t n) { return anert_count_past(src, n); }
 
-static const anert_fp16_kernels scalar = {anert_fp16_down, anert_fp16_up, anert_fp16_down_block, anert_fp16_up_block,
-                                          count_past};
+static const anert_fp16_kernels scalar = {anert_fp16_down,     anert_fp16_up,         anert_fp16_down_block,
+                                          anert_fp16_up_block, anert_fp16_turn_block, count_past};
 
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa) {
     switch (isa) {
@@ -62,22 +68,6 @@ size_t anert_fp16_clamp_row(const anert_fp16_kernels *kernels, const float *src,
     return total;
 }
 
-size_t anert_fp16_clamp_block(const anert_fp16_kernels *kernels, const float *src, size_t ss, uint16_t *dst, size_t ds,
-                              size_t rows, size_t cols) {
-    float clamped[BLOCK * BLOCK];
-    size_t past = 0;
-    for (size_t r = 0; r < rows; r++)
-        past += kernels->count_past(src + r * ss, cols);
-    if (past > 0) {
-        for (size_t r = 0; r < rows; r++)
-            clamp_copy(src + r * ss, clamped + r * cols, cols);
-        kernels->transpose_f32_to_f16(clamped, cols, dst, ds, rows, cols);
-    } else {
-        kernels->transpose_f32_to_f16(src, ss, dst, ds, rows, cols);
-    }
-    return past;
-}
-
 /* A conversion cut into pieces: rows of at most CHUNK elements, or BLOCK by BLOCK blocks to transpose. */
 typedef struct {
     const anert_fp16_kernels *kernels;
@@ -103,20 +93,31 @@ static void convert_chunk(void *arg, int64_t index, int32_t thread) {
         job->clamped += anert_fp16_clamp_row(job->kernels, (const float *)job->src + from, (uint16_t *)job->dst + to, n);
 }
 
+/* Through a contiguous copy of the block's halves, so that rows at an aliasing stride are read or written once. */
 static void convert_block(void *arg, int64_t index, int32_t thread) {
     conversion *job = arg;
+    uint16_t halves[BLOCK * BLOCK];
     size_t row = (size_t)index / job->across * BLOCK, col = (size_t)index % job->across * BLOCK;
     size_t rows = MIN(job->rows - row, (size_t)BLOCK), cols = MIN(job->cols - col, (size_t)BLOCK);
-    size_t from = row * job->ss + col, to = col * job->ds + row;
-    const float *wide = (const float *)job->src + from;
+    size_t from = row * job->ss + col, to = col * job->ds + row, past = 0;
     (void)thread;
-    if (!job->down)
-        job->kernels->transpose_f16_to_f32((const uint16_t *)job->src + from, job->ss, (float *)job->dst + to, job->ds,
-                                           rows, cols);
-    else if (!job->clamp)
-        job->kernels->transpose_f32_to_f16(wide, job->ss, (uint16_t *)job->dst + to, job->ds, rows, cols);
-    else
-        job->clamped += anert_fp16_clamp_block(job->kernels, wide, job->ss, (uint16_t *)job->dst + to, job->ds, rows, cols);
+    if (!job->down) {
+        job->kernels->transpose((const uint16_t *)job->src + from, job->ss, halves, rows, rows, cols);
+        for (size_t c = 0; c < cols; c++)
+            job->kernels->f16_to_f32(halves + c * rows, (float *)job->dst + to + c * job->ds, rows);
+        return;
+    }
+    size_t r = 0;
+    do {
+        const float *wide = (const float *)job->src + from + r * job->ss;
+        if (job->clamp)
+            past += anert_fp16_clamp_row(job->kernels, wide, halves + r * cols, cols);
+        else
+            job->kernels->f32_to_f16(wide, halves + r * cols, cols);
+    } while (++r < rows);
+    job->kernels->transpose(halves, cols, (uint16_t *)job->dst + to, job->ds, rows, cols);
+    if (past > 0)
+        job->clamped += past;
 }
 
 static void convert(anert_pool *pool, conversion *job, bool transpose) {

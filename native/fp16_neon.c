@@ -97,7 +97,24 @@ static void up_block_neon(const uint16_t *src, size_t ss, float *dst, size_t ds,
     anert_fp16_up_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
 }
 
+static void turn_block_neon(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols) {
+    size_t c = 0;
+    for (; c + 8 <= cols; c += 8) { /* down the rows: fills whole cache lines of dst, whose stride may alias */
+        size_t r = 0;
+        for (; r + 8 <= rows; r += 8) {
+            uint16x8_t x[8];
+            for (size_t k = 0; k < 8; k++)
+                x[k] = vld1q_u16(src + (r + k) * ss + c);
+            transpose_8x8(x);
+            for (size_t k = 0; k < 8; k++)
+                vst1q_u16(dst + (c + k) * ds + r, x[k]);
+        }
+        anert_fp16_turn_block(src + r * ss + c, ss, dst + c * ds + r, ds, rows - r, 8);
+    }
+    anert_fp16_turn_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
+}
+
 static size_t count_neon(const float *src, size_t n) { return anert_count_past(src, n); }
 
-const anert_fp16_kernels anert_fp16_neon = {down_neon, up_neon, down_block_neon, up_block_neon, count_neon};
+const anert_fp16_kernels anert_fp16_neon = {down_neon, up_neon, down_block_neon, up_block_neon, turn_block_neon, count_neon};
 #endif

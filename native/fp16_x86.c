@@ -75,9 +75,26 @@ AVX2 static void up_block_avx2(const uint16_t *src, size_t ss, float *dst, size_
     anert_fp16_up_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
 }
 
+AVX2 static void turn_block_avx2(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols) {
+    size_t c = 0;
+    for (; c + 8 <= cols; c += 8) { /* down the rows: fills whole cache lines of dst, whose stride may alias */
+        size_t r = 0;
+        for (; r + 8 <= rows; r += 8) {
+            __m128i x[8];
+            for (size_t k = 0; k < 8; k++)
+                x[k] = _mm_loadu_si128((const __m128i *)(src + (r + k) * ss + c));
+            transpose_8x8(x);
+            for (size_t k = 0; k < 8; k++)
+                _mm_storeu_si128((__m128i *)(dst + (c + k) * ds + r), x[k]);
+        }
+        anert_fp16_turn_block(src + r * ss + c, ss, dst + c * ds + r, ds, rows - r, 8);
+    }
+    anert_fp16_turn_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
+}
+
 AVX2 static size_t count_avx2(const float *src, size_t n) { return anert_count_past(src, n); }
 
-const anert_fp16_kernels anert_fp16_avx2 = {down_avx2, up_avx2, down_block_avx2, up_block_avx2, count_avx2};
+const anert_fp16_kernels anert_fp16_avx2 = {down_avx2, up_avx2, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx2};
 
 AVX512 static void down_avx512(const float *src, uint16_t *dst, size_t n) {
     size_t i = 0;
@@ -96,5 +113,5 @@ AVX512 static void up_avx512(const uint16_t *src, float *dst, size_t n) {
 AVX512 static size_t count_avx512(const float *src, size_t n) { return anert_count_past(src, n); }
 
 /* Transposes are bound by their loads and stores of 8 halves: the AVX2 ones serve. */
-const anert_fp16_kernels anert_fp16_avx512 = {down_avx512, up_avx512, down_block_avx2, up_block_avx2, count_avx512};
+const anert_fp16_kernels anert_fp16_avx512 = {down_avx512, up_avx512, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx512};
 #endif

@@ -46,13 +46,12 @@ typedef struct {
     /* dst (cols, rows) = transpose of src (rows, cols), rows and cols at most 64 */
     void (*transpose_f32_to_f16)(const float *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
     void (*transpose_f16_to_f32)(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols);
+    void (*transpose)(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
     size_t (*count_past)(const float *src, size_t n); /* how many magnitudes exceed 65504; NaN does not */
 } anert_fp16_kernels;
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa); /* isa resolved, not AUTO */
-/* The same converters with everything past +-65504, inf too but not NaN, written as +-65504; they return the count. */
+/* f32_to_f16 with everything past +-65504, inf too but not NaN, written as +-65504; returns how many those were. */
 size_t anert_fp16_clamp_row(const anert_fp16_kernels *kernels, const float *src, uint16_t *dst, size_t n);
-size_t anert_fp16_clamp_block(const anert_fp16_kernels *kernels, const float *src, size_t ss, uint16_t *dst, size_t ds,
-                              size_t rows, size_t cols); /* transposes; at most 64 by 64 */
 /* fp16_x86.c, fp16_neon.c */
 extern const anert_fp16_kernels anert_fp16_avx2, anert_fp16_avx512, anert_fp16_neon;
 /* The scalar converters, for what is left over beside a vector loop. */
@@ -60,6 +59,7 @@ void anert_fp16_down(const float *src, uint16_t *dst, size_t n);
 void anert_fp16_up(const uint16_t *src, float *dst, size_t n);
 void anert_fp16_down_block(const float *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
 void anert_fp16_up_block(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols);
+void anert_fp16_turn_block(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
 /* The body of every count_past, vectorised for the caller's target. */
 static inline __attribute__((always_inline)) size_t anert_count_past(const float *src, size_t n) {
     size_t total = 0;

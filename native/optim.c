@@ -84,8 +84,10 @@ LOOP void axpy_loop(float alpha, const float *restrict x, float *restrict y, siz
 /* Largest magnitude bits: 0x7c00 is inf, more is NaN. */
 LOOP uint16_t amax_loop(const uint16_t *x, size_t n) {
     uint16_t most = 0;
-    for (size_t i = 0; i < n; i++)
-        most = MAX(most, (uint16_t)(x[i] & 0x7fff));
+    for (size_t i = 0; i < n; i++) {
+        uint16_t magnitude = x[i] & 0x7fff;
+        most = magnitude > most ? magnitude : most;
+    }
     return most;
 }
 
@@ -159,79 +161,65 @@ static anert_placement placement_of(const pass *job, int32_t i) {
     return to;
 }
 
-static void place_anywhere(const pass *job, const float *from, anert_placement to, int64_t rows, int64_t cols) {
-    for (int64_t r = 0; r < rows; r++)
-        for (int64_t c = 0; c < cols; c++) {
-            uint16_t half;
-            anert_fp16_clamp_row(job->fp16, from + r * job->cols + c, &half, 1);
-            uint16_t *out = to.base + r * to.row_stride + c * to.col_stride;
-            for (int32_t i = 0; i < to.broadcast; i++)
-                out[i] = half;
-        }
-}
-
-static void place_transposed(const pass *job, const float *from, anert_placement to, int64_t rows, int64_t cols,
-                             bool clamp) {
-    size_t ss = (size_t)job->cols, ds = (size_t)to.col_stride;
-    for (int64_t c = 0; c < cols; c += BLOCK) {
-        size_t n = (size_t)MIN(cols - c, (int64_t)BLOCK);
-        if (clamp)
-            anert_fp16_clamp_block(job->fp16, from + c, ss, to.base + c * to.col_stride, ds, (size_t)rows, n);
-        else
-            job->fp16->transpose_f32_to_f16(from + c, ss, to.base + c * to.col_stride, ds, (size_t)rows, n);
-    }
-}
-
 static bool is_straight(anert_placement to) { return to.col_stride == 1 && to.broadcast == 1; }
 static bool is_transposed(anert_placement to) { return to.row_stride == 1 && to.broadcast == 1; }
 
-/* Writes the tile of master at (row, col), at most BLOCK rows, to the placements that are not straight. */
-static void place_tile(const pass *job, int64_t row, int64_t col, int64_t rows, int64_t cols, bool clamp) {
-    const float *from = job->master + row * job->cols + col;
-    for (int32_t i = 0; i < job->n_placements; i++) {
-        anert_placement to = placement_of(job, i);
-        to.base += row * to.row_stride + col * to.col_stride;
-        if (is_straight(to))
-            continue; /* place_row wrote it while the row was in cache */
-        if (is_transposed(to))
-            place_transposed(job, from, to, rows, cols, clamp);
-        else
-            place_anywhere(job, from, to, rows, cols);
-    }
+/* halves (rows, cols) with row stride hs go to `to`, wherever its strides lead. */
+static void place_anywhere(const uint16_t *halves, int64_t hs, anert_placement to, int64_t rows, int64_t cols) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c++) {
+            uint16_t *out = to.base + r * to.row_stride + c * to.col_stride;
+            for (int32_t i = 0; i < to.broadcast; i++)
+                out[i] = halves[r * hs + c];
+        }
 }
 
-/* Writes a piece of a row to the straight placements; returns how many weights were past +-65504. */
-static size_t place_row(const pass *job, int64_t row, int64_t col, int64_t n) {
-    const float *from = job->master + row * job->cols + col;
-    size_t past = job->fp16->count_past(from, (size_t)n);
+static void place_transposed(const pass *job, const uint16_t *halves, int64_t hs, anert_placement to, int64_t rows,
+                             int64_t cols) {
+    for (int64_t c = 0; c < cols; c += BLOCK)
+        for (int64_t r = 0; r < rows; r += BLOCK)
+            job->fp16->transpose(halves + r * hs + c, (size_t)hs, to.base + r + c * to.col_stride, (size_t)to.col_stride,
+                                 (size_t)MIN(rows - r, (int64_t)BLOCK), (size_t)MIN(cols - c, (int64_t)BLOCK));
+}
+
+/* Writes halves of the tile at (row, col) to the placements that are (or are not) straight. */
+static void place(const pass *job, bool straight, const uint16_t *halves, int64_t row, int64_t col, int64_t rows,
+                  int64_t cols) {
     for (int32_t i = 0; i < job->n_placements; i++) {
         anert_placement to = placement_of(job, i);
-        uint16_t *out = to.base + row * to.row_stride + col * to.col_stride;
-        if (is_straight(to) && past == 0)
-            job->fp16->f32_to_f16(from, out, (size_t)n);
-        else if (is_straight(to))
-            anert_fp16_clamp_row(job->fp16, from, out, (size_t)n);
+        if (is_straight(to) != straight)
+            continue;
+        to.base += row * to.row_stride + col * to.col_stride;
+        if (straight)
+            memcpy(to.base, halves, (size_t)cols * sizeof *halves); /* one row */
+        else if (is_transposed(to))
+            place_transposed(job, halves, job->tile_cols, to, rows, cols);
+        else
+            place_anywhere(halves, job->tile_cols, to, rows, cols);
     }
-    return past;
 }
 
 static void run_tile(void *arg, int64_t index, int32_t thread) {
     pass *job = arg;
+    uint16_t halves[CHUNK]; /* (tile_rows, tile_cols) */
     int64_t row = index / job->across * job->tile_rows, col = index % job->across * job->tile_cols;
     int64_t rows = MIN(job->rows - row, job->tile_rows), cols = MIN(job->cols - col, job->tile_cols);
     size_t past = 0;
     (void)thread;
-    for (int64_t r = row; r < row + rows; r++)
-        for (int64_t c = col; c < col + cols; c += ROW_PART) {
-            int64_t at = r * job->cols + c, n = MIN(col + cols - c, (int64_t)ROW_PART);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < cols; c += ROW_PART) { /* what one part reads and writes stays in L1 */
+            int64_t at = (row + r) * job->cols + col + c, n = MIN(cols - c, (int64_t)ROW_PART);
+            uint16_t *part = halves + r * job->tile_cols + c;
             if (job->v != NULL)
                 job->loops->adamw(job->master + at, job->m + at, job->v + at, job->grad + at, (size_t)n, &job->u);
             else if (job->m != NULL)
                 job->loops->lion(job->master + at, job->m + at, job->grad + at, (size_t)n, &job->u);
-            if (job->n_placements > 0)
-                past += place_row(job, r, c, n);
+            if (job->n_placements == 0)
+                continue;
+            past += anert_fp16_clamp_row(job->fp16, job->master + at, part, (size_t)n);
+            place(job, true, part, row + r, col + c, 1, n);
         }
-    place_tile(job, row, col, rows, cols, past > 0);
+    place(job, false, halves, row, col, rows, cols);
     if (past > 0)
         job->clamped += past;
 }
@@ -282,9 +270,9 @@ static void run_pass(anert_pool *pool, pass *job, uint64_t *clamped) {
         job->rows = 1;
     }
     if (job->rows > 0 && job->cols > 0) {
-        /* Blocked: what is transposed is still in L2. Else long rows, which prefetchers like. */
+        /* BLOCK by BAND, a CHUNK, where something is transposed; else long rows, which prefetchers like. */
         job->tile_cols = MIN(job->cols, (int64_t)(blocked ? BAND : CHUNK));
-        job->tile_rows = blocked ? BLOCK : MAX(1, CHUNK / job->tile_cols);
+        job->tile_rows = blocked ? CHUNK / BAND : MAX(1, CHUNK / job->tile_cols);
         job->across = (job->cols + job->tile_cols - 1) / job->tile_cols;
         job->loops = loops_for(anert_pool_isa(pool));
         job->fp16 = anert_fp16_kernels_for(anert_pool_isa(pool));

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from anert.data.dataset import Batch, TokenDataset, TrainBatches
-from anert.data.text import END_OF_TEXT, Progress, detect_split, document_pieces, read_blocks, read_documents
+from anert.data.text import END_OF_TEXT, Progress, detect_split, document_pieces, documents, read_blocks
 from anert.data.token_file import TokenFile, TokenWriter, open_tokens, sniff
 from anert.errors import InputError
 from anert.tokenizer import Tokenizer
@@ -20,23 +20,11 @@ __all__ = [
     "TokenWriter",
     "TrainBatches",
     "open_tokens",
-    "is_tokens",
+    "documents",
     "prepare",
-    "read_documents",
-    "require_source",
     "sniff",
     "tokenize_file",
 ]
-
-
-def require_source(path: Path | str) -> None:
-    """Raises InputError, with the reason, unless this is a text or token file that can be trained on."""
-    sniff(path)
-
-
-def is_tokens(path: Path | str) -> bool:
-    """Whether a file holds token ids and not text. Raises InputError as `require_source`."""
-    return sniff(path) != "text"
 
 
 def tokenize_file(
@@ -88,10 +76,10 @@ def prepare(
     vocab_size: int = 0,
     progress: Progress | None = None,
 ) -> TokenDataset:
-    """A TokenDataset of text or tokens, whichever the content is. Text is tokenized once into cache_dir and found again.
+    """A TokenDataset of text or tokens, whichever the content is. Text is tokenized once, into cache_dir.
 
-    val: a fraction of the tail (also as text, "0.05"), or a file of either kind. vocab_size: the model's, where it is not
-    the tokenizer's. progress(done, total) of what takes time. Raises InputError, as `tokenize_file` and TokenDataset.
+    val: a fraction of the tail (also as text, "0.05"), or a file of either kind. vocab_size: the model's, where it is
+    not the tokenizer's. progress(done, total). Raises InputError, as `tokenize_file` and TokenDataset.
     """
     vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     held_out = _fraction(val)
@@ -113,7 +101,7 @@ def _tokens_of(
 ) -> Path:
     """A token file as it is; of a text the tokens in the cache, made now if need be."""
     path = Path(str(path))
-    if is_tokens(path):
+    if sniff(path) != "text":
         return path
     if tokenizer is None:
         raise InputError(f"{path}: text needs a tokenizer: give one with --tokenizer")

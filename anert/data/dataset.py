@@ -19,9 +19,9 @@ Batch = tuple[NDArray[np.int32], NDArray[np.int32]]
 class TokenDataset:
     """A token file as aligned windows of seq_len + 1 ids; neighbours share one id, as in llama2.c.
 
-    val: the fraction of the file's tail that is held out, or the path of another token file. Where a file is too short to
-    hold out a window, nothing is held out and `note` says so. Raises InputError: fewer than seq_len + 2 ids, an id past
-    the vocabulary (named with its position), or ids of another tokenizer.
+    val: the fraction of the file's tail that is held out, or the path of another token file. Where a file is too short
+    to hold out a window, nothing is held out and `note` says so. Raises InputError: fewer than seq_len + 2 ids, an id
+    past the vocabulary (named with its position), or ids of another tokenizer.
     """
 
     def __init__(
@@ -77,11 +77,11 @@ class TokenDataset:
         """Endless batches of `batch` windows, a new order every epoch."""
         return TrainBatches(self._train, self.n_windows, self.seq_len, batch, seed)
 
-    def val_batches(self, batch: int = 1, tokens: int = 0) -> Iterator[Batch]:
+    def val_windows(self, batch: int = 1, tokens: int = 0) -> Iterator[Batch]:
         """The same validation batches every time: (inputs, targets), int32 (batch * seq_len,), new arrays each.
 
-        tokens: how many at most (0: all), spread evenly over what was held out. A last batch that is not full is dropped,
-        but at least one comes (with windows repeated) unless nothing was held out.
+        tokens: how many at most (0: all), spread evenly over what was held out. A last batch that is not full is
+        dropped, but at least one comes (with windows repeated) unless nothing was held out.
         """
         n, limit = self.n_val_windows, tokens // self.seq_len if tokens else self.n_val_windows
         if not n:
@@ -105,7 +105,7 @@ class TokenDataset:
 
 
 class TrainBatches(Iterator[Batch]):
-    """(inputs, targets), int32 (batch * seq_len,), sequence after sequence; the same two arrays, overwritten at each step.
+    """(inputs, targets), int32 (batch * seq_len,), sequence after sequence; two arrays that each step overwrites.
 
     Every window comes once an epoch, in an order that depends on seed and epoch only. `state_dict` is the cursor.
     """
@@ -160,7 +160,7 @@ def fill(
 
 
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.uint32]:
-    """A permutation of n windows from Philox (Salmon et al. 2011) keyed by seed and epoch; the same on every machine."""
+    """A permutation of n windows from Philox (Salmon et al. 2011) keyed by seed and epoch: the same everywhere."""
     key = np.array([seed % (1 << 64), epoch], np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable").astype(np.uint32)
 

@@ -75,7 +75,7 @@ def document_pieces(blocks: Iterable[str], split: str) -> Iterator[tuple[str, bo
     return _strip(_split(blocks, split))
 
 
-def read_documents(path: Path | str, split: str = "auto", progress: Progress | None = None) -> Iterator[str]:
+def documents(path: Path | str, split: str = "auto", progress: Progress | None = None) -> Iterator[str]:
     """Whole documents of a text file, one at a time. Raises InputError as `read_blocks`."""
     held: list[str] = []
     how = detect_split(path) if split == "auto" else split

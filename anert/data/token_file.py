@@ -1,7 +1,7 @@
 """Files of token ids, read by memory map: ours, llm.c's, and raw uint16 as llama2.c, maderix/ANE and nanoGPT write.
 
-Ours, little-endian: a header of 256 bytes (HEADER, zeros behind), uint16 or uint32 ids, zeros up to a multiple of 8, then
-if documents are recorded the index of each one's first token as uint64.
+Ours, little-endian: a header of 256 bytes (HEADER, zeros behind), uint16 or uint32 ids, zeros up to a multiple of 8,
+then if documents are recorded the index of each one's first token as uint64.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def _padded(n: int) -> int:
 
 
 class TokenWriter:
-    """Writes our file as ids come, under a temporary name; it appears whole when the `with` block ends well, or not at all.
+    """Writes our file as ids come, under a temporary name; it appears when the `with` block ends well, or not at all.
 
     Raises InputError where the disk refuses (full, no permission); nothing is left then.
     """

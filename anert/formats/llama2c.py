@@ -1,8 +1,8 @@
 """llama2.c's v0 model file ("legacy", export.py): what its run.c reads.
 
-Header: int32 dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: the classifier is not tied), seq_len.
-Then float32 tensors, (out, in) row by row, each kind for all layers before the next kind; before an untied classifier lie
-two tables of RoPE angles that nothing reads. There is no magic: header and size must agree to the byte.
+Header: int32 dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: untied classifier), seq_len. Then
+float32 tensors, (out, in) row by row, each kind for all layers before the next kind; behind the final norm lie two
+tables of RoPE angles that nothing reads, then an untied classifier. No magic: header and size must agree to the byte.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ def read(path: Path | str, mmap: bool = True, tables: bool = False) -> tuple[Lla
 def write(path: Path | str, config: LlamaConfig, tensors: Mapping[str, NDArray[Any]]) -> None:
     """Write a v0 file, atomically: a temporary name beside it, fsynced, then renamed.
 
-    The RoPE tables may be among the tensors; else they are computed (PyTorch's, which llama2.c's own files have, differ by
-    a unit in the last place here and there). Raises InputError for a missing, surplus or misshapen tensor, before
+    The RoPE tables may be among the tensors; else they are computed (PyTorch's, which llama2.c's own files have, differ
+    by a unit in the last place here and there). Raises InputError for a missing, surplus or misshapen tensor, before
     anything is written.
     """
     _check_tensors(config, tensors)

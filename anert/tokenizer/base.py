@@ -79,8 +79,8 @@ class StreamDecoder:
 class Tokenizer(abc.ABC):
     """Text to ids and back.
 
-    kind: `llama` or `byte-bpe`. bos_id, eos_id: -1 where the vocabulary has none. suffix: of the file that `save` writes.
-    hash: sha256 (hex) of the canonical content: equal for two files of different formats that tokenize alike.
+    kind: `llama` or `byte-bpe`. bos_id, eos_id: -1 where the vocabulary has none. suffix: of the file that `save`
+    writes. hash: sha256 (hex) of the canonical content, equal for files of different formats with the same vocabulary.
     """
 
     kind: str

@@ -30,9 +30,8 @@ END_OF_TEXT = "<|endoftext|>"
 class Vocabulary:
     """Everything that decides the ids.
 
-    tokens: bytes of every id, b"" for the ids of specials. merges: pairs of ids in order of rank. splits: patterns, each
-    applied to the parts that the one before left. whole_words: a part that is itself a token is not merged at all.
-    results: of the merges, where they are not the tokens' own concatenations in order.
+    tokens: bytes of every id, b"" for the ids of specials. merges: pairs of ids in order of rank. splits: patterns,
+    each applied to the parts that the one before left. whole_words: a part that is itself a token is not merged at all.
     """
 
     tokens: tuple[bytes, ...]

@@ -1,4 +1,4 @@
-"""Files that hold a byte-level BPE: ours, Hugging Face's tokenizer.json, GPT-2's vocab.json + merges.txt, tiktoken ranks."""
+"""Files that hold a byte-level BPE: ours, Hugging Face's tokenizer.json, GPT-2's vocab and merges, tiktoken's."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def from_gpt2(vocab: Mapping[str, Any], merges_text: str, name: str) -> Vocabula
 
 
 def from_hugging_face(content: Mapping[str, Any], config: Mapping[str, Any], name: str) -> Vocabulary:
-    """tokenizer.json (byte-level BPE) -> Vocabulary. config: tokenizer_config.json beside it, for bos and eos; may be empty."""
+    """tokenizer.json (byte-level BPE) -> Vocabulary. config: tokenizer_config.json, for bos and eos; may be empty."""
     try:
         model = content["model"]
         if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or content.get("normalizer"):

@@ -1,7 +1,7 @@
 """Llama's tokenizer: BPE by piece scores with SentencePiece's rules.
 
-Semantics: SentencePiece 0.2 (src/bpe_model.cc, src/sentencepiece_processor.cc). Where llama2.c's run.c differs (U+2581 in the
-input, unknown tokens on decoding) SentencePiece is followed. In here U+2581 is a plain space, as in tokenizer.bin.
+Semantics: SentencePiece 0.2 (src/bpe_model.cc, src/sentencepiece_processor.cc). Where llama2.c's run.c differs (U+2581
+in the input, unknown tokens on decoding) SentencePiece is followed. In here U+2581 is a space, as in tokenizer.bin.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def any_of(pieces: Iterable[str]) -> regex.Pattern[str] | None:
 
 
 def word_pattern(pieces: Iterable[str]) -> regex.Pattern[str] | None:
-    """Words that no piece can reach across: spaces and what follows them; None where some piece has a space after text."""
+    """Words that no piece reaches across: spaces and what follows; None where some piece has a space after text."""
     joined = "\0\0".join(pieces)
     if regex.search("[^ \0] ", joined):
         return None
