@@ -10,7 +10,7 @@ import math
 import os
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -326,10 +326,11 @@ class EventLog:
             self._file.close()
 
 
-def follow(events: Iterable[ev.Event], ui: UI, log: EventLog) -> ev.RunDone:
+def follow(events: Iterable[ev.Event], ui: UI, log: EventLog, on_lost: Callable[[], None] = lambda: None) -> ev.RunDone:
     """Log and show every event; returns the last one. StepDone.ms["dashboard"] is filled in on the way.
 
-    Its figure is what showing and logging took since the step before: wall time here, where the training thread
+    `on_lost` is called when the reader of the view goes away (a closed pipe), so that the run can save and end. The
+    dashboard's figure is what showing and logging took since the step before: wall time here, where the training thread
     waits, and CPU time of a thread that draws. Raises NativeError if the events end without RunDone.
     """
     spent_ms, done = 0.0, None
@@ -346,7 +347,11 @@ def follow(events: Iterable[ev.Event], ui: UI, log: EventLog) -> ev.RunDone:
             log.close()
             log = EventLog(Path(os.devnull))
             ui.show(ev.Notice("warning", f"the event log is off from here on: {error}"))
-        ui.show(event)
+        try:
+            ui.show(event)
+        except BrokenPipeError:
+            ui = Off()
+            on_lost()
         spent_ms += (time.perf_counter() - start) * 1e3
     if done is None:
         raise NativeError("the trainer ended without a RunDone event: a trainer's last event is RunDone")

@@ -146,9 +146,7 @@ def test_null_pool_is_one_thread(probe):
 def test_concurrent_callers(probe):
     pool = new_pool(probe, 2)
     wrong = []
-    callers = [
-        threading.Thread(target=lambda: wrong.append(probe[1].probe_rounds(pool, 3000))) for _ in range(4)
-    ]
+    callers = [threading.Thread(target=lambda: wrong.append(probe[1].probe_rounds(pool, 3000))) for _ in range(4)]
     for caller in callers:
         caller.start()
     for caller in callers:

@@ -176,7 +176,9 @@ def test_bad_surfaces():
     lib.anert_surface_free(ffi.NULL)
     lib.anert_heap_free(ffi.NULL)
     assert lib.anert_surface_base(ffi.NULL) == ffi.NULL
-    assert (lib.anert_surface_size(ffi.NULL), lib.anert_surface_seed(ffi.NULL), lib.anert_heap_bytes(ffi.NULL)) == (0,) * 3
+    assert (lib.anert_surface_size(ffi.NULL), lib.anert_surface_seed(ffi.NULL), lib.anert_heap_bytes(ffi.NULL)) == (
+        0,
+    ) * 3
 
 
 def test_repr_and_size():

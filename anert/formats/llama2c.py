@@ -1,8 +1,8 @@
 """llama2.c's v0 model file ("legacy", export.py): what its run.c reads.
 
 Header: int32 dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: untied classifier), seq_len. Then
-float32 tensors, (out, in) row by row, each kind for all layers before the next kind; behind the final norm lie two tables
-of RoPE angles that nothing reads, then an untied classifier. No magic: header and size must agree to the byte.
+float32 tensors, (out, in) row by row, each kind for all layers before the next kind; behind the final norm lie two
+tables of RoPE angles that nothing reads, then an untied classifier. No magic: header and size must agree to the byte.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Literals of MIL text, both ways: arrays and Python constants <-> `[0x1p-3, -inf]`, `true`, `"same"`.
 
-Floats are printed as Apple prints them: shortest C99 hex form, lower case, normalised (`0x1p-24`, never `0x0.0004p-10`).
+Floats are printed as Apple prints them: shortest C99 hex form, lower case, normalised (`0x1p-24` for a half's least).
 """
 
 from __future__ import annotations

@@ -182,8 +182,9 @@ def _operands(row: OpDef, given: Mapping[str, Operand]) -> dict[str, Operand]:
 
 
 def emit(kind: str, inputs: Mapping[str, Operand | None], attrs: Mapping[str, Any] | None = None,
-         name: str | None = None, function: Function | None = None) -> list[Value]:  # fmt: skip
+         name: str | Sequence[str] | None = None, function: Function | None = None) -> list[Value]:  # fmt: skip
     """Check the arguments of an op against its row, infer its types, append it; returns its outputs.
+    `name` is a hint for all outputs, or one name for each.
 
     Absent optional operands are dropped; absent attributes take their default, and all are resolved, so that an op's attrs
     are always complete. `const` needs `function`. Raises ShapeError or UnsupportedError.
@@ -198,7 +199,7 @@ def emit(kind: str, inputs: Mapping[str, Operand | None], attrs: Mapping[str, An
     if fn is None:
         raise ShapeError(f"{kind} has no operand: pass function=")
     if kind == "const":
-        return [fn.const((attrs or {})["val"], name=name or "c")]
+        return [fn.const((attrs or {})["val"], name=name if isinstance(name, str) else "c")]
     attributes = _attributes(row, attrs or {}, first.dtype if first is not None else "fp16")
     types = types_of(operands)
     if row.resolve is not None:
