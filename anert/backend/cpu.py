@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from anert.backend.attention import Finder
 from anert.backend.base import Backend, Binding, Port, Program, ProgramStats
 from anert.backend.emit import Emitted, Emitter
 from anert.backend.fuse import Fuser, prune, retarget
@@ -102,7 +103,7 @@ class CpuProgram(Program):
         self.constants = {r: ffi.from_buffer(r.data) for r in emitted.buffers if r is not None and r.data is not None}
         self.stats = ProgramStats(
             flops_written=written_flops(function),
-            flops_executed=written_flops(function),
+            flops_executed=written_flops(function) - emitted.skipped,
             bytes_in=sum(p.nbytes for p in self.inputs),
             bytes_out=sum(p.nbytes for p in self.outputs),
             steps=emitted.steps,
@@ -175,6 +176,8 @@ class CpuBackend(Backend):
         prune(graph)
         retarget(graph)
         units = Fuser(graph, self.fuse).run()
+        if self.fuse:
+            units = Finder(units).run()
         emitted = Emitter(graph, units, self.precision).run()
         return CpuProgram(function, emitted, graph.counters, self.pool, self.slot)
 

@@ -31,12 +31,13 @@ FOLDS = frozenset({"sum", "rmax", "rmin"})
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A view over the program's dims. root None: the tile's scratch."""
+    """A view over the program's dims. root None: the tile's scratch. loops: strides of a region's loops."""
 
     root: Root | None
     dtype: str
     offset: int
     strides: tuple[int, ...]
+    loops: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -108,10 +109,10 @@ class _Axes:
         return tuple(unit_strides[g[-1]] if g else 0 for g in self.groups)
 
 
-def _merge(space: Space, views: list[tuple[int, ...]]) -> list[list[int]]:
-    """Neighbouring dims that every view steps through as one."""
+def _merge(space: Space, views: list[tuple[int, ...]], first: int) -> list[list[int]]:
+    """Neighbouring dims from `first` on that every view steps through as one."""
     groups: list[list[int]] = []
-    for d in range(len(space.dims)):
+    for d in range(first, len(space.dims)):
         last = groups[-1][-1] if groups else -1
         if groups and space.flags[last] == space.flags[d]:
             n = space.dims[d]
@@ -122,9 +123,11 @@ def _merge(space: Space, views: list[tuple[int, ...]]) -> list[list[int]]:
     return groups
 
 
-def _axes(space: Space, views: list[tuple[int, ...]]) -> _Axes:
-    """Choose lanes and rows among the merged dims, and put them last."""
-    groups = _merge(space, views)
+def _axes(space: Space, views: list[tuple[int, ...]], first: int) -> _Axes:
+    """Choose lanes and rows among the merged dims from `first` on, and put them last."""
+    groups = _merge(space, views, first)
+    if first:  # a region: queries and keys
+        groups = [[first], [first + 1]]
     extent = {id(g): math.prod(space.dims[d] for d in g) for g in groups}
     folds = [g for g in groups if space.flags[g[0]]]
 
@@ -133,7 +136,7 @@ def _axes(space: Space, views: list[tuple[int, ...]]) -> _Axes:
         points = sum(2.0 if s == 1 else 0.5 if s == 0 else -1.0 for s in found)
         return (points if extent[id(g)] >= 8 else points - len(found)), g[-1]
 
-    lanes = max(groups, key=score, default=None)
+    lanes = groups[-1] if first else max(groups, key=score, default=None)
     rest = [g for g in groups if g is not lanes]
     rows: list[int] | None = None
     if lanes is not None and folds and lanes not in folds:
@@ -154,15 +157,17 @@ def _axes(space: Space, views: list[tuple[int, ...]]) -> _Axes:
 
 
 class TileBuilder:
-    """Builds the program of one unit. `stored(root)`: whether a value must reach memory."""
+    """Builds the program of one unit. `outside`: roots that must be in memory. loops: as many leading dims of the space are a
+    region's loops, not the program's."""
 
-    def __init__(self, unit: Unit, outside: set[Root]) -> None:
+    def __init__(self, unit: Unit, outside: set[Root], loops: int | None = None) -> None:
         assert unit.space is not None
         self.unit, self.space, self.outside = unit, unit.space, outside
         self.values: list[_Value] = []
         self.loads: dict[tuple[Root, int, tuple[int, ...]], int] = {}
         self.made: dict[Root, int] = {}
-        self.axes = _axes(self.space, self._all_strides())
+        self.loops = loops
+        self.axes = _axes(self.space, self._all_strides(), loops or 0)
         self.lanes_reduced = bool(self.axes.reduced >> (DIMS - 1) & 1)
         self.rows_reduced = bool(self.axes.reduced >> (DIMS - 2) & 1)
 
@@ -203,7 +208,8 @@ class TileBuilder:
         return value.number
 
     def _view(self, ref: Ref, strides: tuple[int, ...]) -> View:
-        return View(ref.root, ref.dtype, ref.layout.offset, self.axes.strides(strides))
+        loops = () if self.loops is None else strides[: self.loops + 1]
+        return View(ref.root, ref.dtype, ref.layout.offset, self.axes.strides(strides), loops)
 
     def _load(self, ref: Ref, full: bool) -> int:
         strides = self.space.strides(ref, full)
