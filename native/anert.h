@@ -97,9 +97,9 @@ typedef struct {
     int32_t broadcast;
 } anert_placement;
 typedef struct {
-    float lr, beta1, beta2, eps, weight_decay;
-    float bias1, bias2;  /* 1 - beta1^t, 1 - beta2^t */
-    float grad_scale;    /* multiplies the gradient: clip factor over accumulation */
+    double lr, beta1, beta2, eps, weight_decay; /* double: 1 - 0.999f is off by 1e-5 */
+    double bias1, bias2; /* 1 - beta1^t, 1 - beta2^t */
+    double grad_scale;   /* multiplies the gradient: clip factor over accumulation */
 } anert_adamw_args;
 /* AdamW (Loshchilov & Hutter 2019): reads grad, updates m, v and master (fp32, rows*cols each), then writes every
  * placement, clamped to +-65504; *clamped (may be NULL) is set to the number of weights that were past it. */
