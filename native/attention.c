@@ -1,6 +1,6 @@
-/* attention.c: regions. Steps that share batch dims (heads) run place by place: for a head and a block of queries the scores,
- * their softmax and the products with them stay in the running thread's scratch, and blocks that a causal mask takes away are
- * not computed. A head's blocks run last to first on one thread, so sums over queries have one order. */
+/* attention.c: regions. Steps that share batch dims (heads) run place by place: for a head and a block of queries the
+ * scores, their softmax and the products with them stay in the running thread's scratch, and blocks that a causal mask
+ * takes away are not computed. A head's blocks run last to first on one thread, so sums over queries have one order. */
 #include "plan.h"
 
 enum { SLOT = 2 };
@@ -82,8 +82,8 @@ anert_status region_run(const plan_run *run, const anert_step *r, anert_error *e
 
 anert_status region_check(anert_plan *plan, int32_t step, anert_error *err) {
     const anert_step *r = &plan->steps[step];
-    if (plan->region != NULL || block_rows(r) < 1 || n_steps(r) < 1 || n_steps(r) >= plan->n_steps - step || r->args[4] < 0 ||
-        r->args[4] > (int64_t)1 << 32 || r->args[3] < 0 || r->args[3] > r->dims[4])
+    if (plan->region != NULL || block_rows(r) < 1 || n_steps(r) < 1 || n_steps(r) >= plan->n_steps - step ||
+        r->args[3] < 0 || r->args[3] > r->dims[4] || r->args[4] < 0 || r->args[4] > (int64_t)1 << 32)
         return anert_fail(err, ANERT_EINVAL, "step %d: region out of bounds", step);
     for (int64_t i = 1; i <= n_steps(r); i++) {
         const anert_step *s = r + i;
@@ -91,8 +91,8 @@ anert_status region_check(anert_plan *plan, int32_t step, anert_error *err) {
         if (!gemm && s->kind != ANERT_STEP_TILE)
             return anert_fail(err, ANERT_EINVAL, "step %d: a region holds tile programs and GEMMs", step + (int)i);
         int64_t query = gemm ? s->args[0] : 2, key = gemm ? s->args[1] : 3;
-        if (gemm && (query < -1 || query > 2 || key < -1 || key > 2 || query == key || s->dims[0] != 1 || s->dims[1] != 1 ||
-                     s->n_views != 3))
+        bool placed = query >= -1 && query <= 2 && key >= -1 && key <= 2 && query != key;
+        if (gemm && (!placed || s->dims[0] != 1 || s->dims[1] != 1 || s->n_views != 3))
             return anert_fail(err, ANERT_EINVAL, "step %d: gemm does not fit its region", step + (int)i);
         if ((query >= 0 && s->dims[2 + query] != r->dims[3]) || (key >= 0 && s->dims[2 + key] != r->dims[4]))
             return anert_fail(err, ANERT_EINVAL, "step %d: its queries or keys are not the region's", step + (int)i);

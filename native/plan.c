@@ -23,9 +23,11 @@ anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view,
     const anert_step *region = plan->region;
     bool scratch = v->buffer == SCRATCH_REGION && region != NULL;
     if ((!scratch && (v->buffer < 0 || v->buffer >= plan->n_buffers)) || !known_dtype(v->dtype))
-        return anert_fail(err, ANERT_EINVAL, "step %d: view %d has buffer %d, dtype %d", step, view, v->buffer, v->dtype);
+        return anert_fail(err, ANERT_EINVAL, "step %d: view %d has buffer %d, dtype %d", step, view, v->buffer,
+                          v->dtype);
     if (box->write && !scratch && !plan->buffers[v->buffer].writable)
-        return anert_fail(err, ANERT_EINVAL, "step %d: view %d writes the read-only buffer %d", step, view, v->buffer);
+        return anert_fail(err, ANERT_EINVAL, "step %d: view %d writes the read-only buffer %d", step, view,
+                          v->buffer);
     __int128 low = v->offset, high = v->offset;
     bool ok = widen(MAX(1, box->extent), box->stride, &low, &high);
     for (int d = 0; d < ANERT_DIMS; d++) {
@@ -33,7 +35,8 @@ anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view,
         if (region != NULL && d == box->query && v->loops[3] == 0) n = MIN(n, region->args[0]);
         ok = ok && widen(n, v->strides[d], &low, &high);
     }
-    for (int d = 0; d < 3; d++) ok = ok && (region != NULL ? widen(region->dims[d], v->loops[d], &low, &high) : v->loops[d] == 0);
+    for (int d = 0; d < 3; d++)
+        ok = ok && (region != NULL ? widen(region->dims[d], v->loops[d], &low, &high) : v->loops[d] == 0);
     if (v->loops[3] != 0) ok = ok && region != NULL && box->query >= 0 && v->loops[3] == v->strides[box->query];
     if (!ok) return anert_fail(err, ANERT_EINVAL, "step %d: view %d has a stride out of range", step, view);
     int64_t nbytes = scratch ? region->args[4] : plan->buffers[v->buffer].nbytes;
@@ -50,7 +53,8 @@ anert_status gemm_check(const anert_plan *plan, int32_t step, anert_error *err) 
     const anert_step *s = &plan->steps[step];
     if (s->n_views < 3 || s->n_views > 4 || (s->precision != ANERT_F32 && s->precision != ANERT_BF16) ||
         (s->beta != 0.0f && s->beta != 1.0f))
-        return anert_fail(err, ANERT_EINVAL, "step %d: gemm with %d views, precision %d", step, s->n_views, s->precision);
+        return anert_fail(err, ANERT_EINVAL, "step %d: gemm with %d views, precision %d", step, s->n_views,
+                          s->precision);
     for (int i = 0; i < s->n_views; i++) {
         view_box box = {.query = -1, .write = i == 2};
         for (int d = 0; d < ANERT_DIMS; d++) {

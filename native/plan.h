@@ -3,7 +3,8 @@
 #define ANERT_PLAN_H
 #include "internal.h"
 
-enum { TILE_REGS = 64, TILE_MAX_CHUNK = 4096, TILE_PARTIALS = 32, SCRATCH_TILE = -1, SCRATCH_REGION = -2 };
+enum { TILE_REGS = 64, TILE_MAX_CHUNK = 4096, TILE_PARTIALS = 32 };
+enum { SCRATCH_TILE = -1, SCRATCH_REGION = -2 };
 
 /* One instruction on one chunk: rows x lanes results. Operand x is read at x + row * x_row + lane * x_lane, x_lane 0 or 1. */
 typedef struct {

@@ -1,8 +1,9 @@
-/* tile.c: fused elementwise and reduction programs, an interpreter over register tiles that stay in the first-level cache.
+/* tile.c: fused elementwise and reduction programs: an interpreter over register tiles that stay in the first cache.
  *
- * The space of a program is a box of up to six dims, the lanes last, the rows before them. A tile is one chunk (rows x lanes)
- * at one place of the dims that are not reduced; it walks the reduced dims once per pass: pass p folds its reductions, whose
- * results pass p + 1 reads. Every output has one owner and every fold one order, whatever the threads. */
+ * The space of a program is a box of up to six dims, the lanes last, the rows before them. A tile is one chunk (rows x
+ * lanes) at one place of the dims that are not reduced; it walks the reduced dims once per pass: pass p folds its
+ * reductions, whose results pass p + 1 reads. Every output has one owner and every fold one order, whatever the
+ * threads. */
 #include "plan.h"
 
 enum { GRAIN = 16384 }; /* elements that one claim of the pool covers at least */
@@ -397,7 +398,8 @@ static anert_status check_instr(anert_plan *plan, int32_t step, tile_instr *in, 
     const anert_step *s = &plan->steps[step];
     int32_t op = in->i.op, kind = in->i.kind, reads = is_fold(op) ? 3 : kind;
     if (op < 0 || op >= ANERT_TILE_OPS || kind < 0 || kind > 3 || in->i.pass < 0 || in->i.pass >= 2 * passes(s))
-        return anert_fail(err, ANERT_EINVAL, "step %d: instruction with op %d, kind %d, pass %d", step, op, kind, in->i.pass);
+        return anert_fail(err, ANERT_EINVAL, "step %d: instruction with op %d, kind %d, pass %d", step, op, kind,
+                          in->i.pass);
     if ((in->i.pass & 1) && (is_fold(op) || (kind & reduced_kind(s))))
         return anert_fail(err, ANERT_EINVAL, "step %d: instruction varies over a reduced dim after its pass", step);
     if (is_fold(op) && (s->reduced == 0 || (kind & reduced_kind(s))))
@@ -476,7 +478,8 @@ anert_status tile_check(anert_plan *plan, int32_t step, anert_error *err) {
         if (in->i.op == ANERT_TILE_STORE) continue;
         int32_t d = in->i.dst;
         if (stays[d] && !(in->i.pass & 1))
-            return anert_fail(err, ANERT_EINVAL, "step %d: register %d outlives its pass and is written in another", step, d);
+            return anert_fail(err, ANERT_EINVAL, "step %d: register %d outlives its pass, but is written in another",
+                              step, d);
         if (folds[d] && is_fold(in->i.op) && in->i.pass == pass)
             return anert_fail(err, ANERT_EINVAL, "step %d: register %d takes two reductions", step, d);
         folds[d] = is_fold(in->i.op);

@@ -1,5 +1,5 @@
-/* tile_move.c: steps that move elements by index: gather, scatter, arg, im2col, col2im. Plain strided loops, split over the
- * first dims; storage types of source and result are equal. */
+/* tile_move.c: steps that move elements by index: gather, scatter, arg, im2col, col2im. Plain strided loops, split over
+ * the first dims; storage types of source and result are equal. */
 #include "plan.h"
 
 typedef struct {
@@ -198,9 +198,11 @@ static anert_status check_indexed(const anert_plan *plan, int32_t step, anert_er
     const anert_view *v = plan->views + s->first_view;
     bool gather = s->kind == ANERT_STEP_GATHER;
     int moved = gather ? 1 : 0; /* the view that the index moves */
+    bool typed = gather ? v[0].dtype == v[1].dtype
+                        : (v[0].dtype == ANERT_F32 && v[1].dtype != ANERT_I32) ||
+                              (v[0].dtype == ANERT_I32 && v[1].dtype == ANERT_I32);
     if (s->args[0] < 1 || s->args[0] > (int64_t)1 << 31 || v[2].dtype != ANERT_I32 || s->args[2] < 0 ||
-        s->args[2] > ANERT_SCATTER_MIN || (gather ? v[0].dtype != v[1].dtype : v[0].dtype != ANERT_F32 && v[0].dtype != ANERT_I32) ||
-        (!gather && (v[0].dtype == ANERT_I32) != (v[1].dtype == ANERT_I32)))
+        s->args[2] > ANERT_SCATTER_MIN || !typed)
         return anert_fail(err, ANERT_EINVAL, "step %d: indices of another type or range", step);
     for (int i = 0; i < 3; i++) {
         view_box box = box_of(s->dims, i == 0);

@@ -1,10 +1,10 @@
 """Attention: scores, softmax and the products with its result become one region that runs head by head in scratch.
 
-The pattern is one tile unit over (batch..., queries, keys) that reduces over the keys; its inputs of that shape come from
-GEMMs that nobody else reads, its outputs of that shape go into GEMMs alone. That covers softmax(q^T k * scale + mask) v and the
-backward that grad.py derives from it (dP = dout^T v, dS = P (dP - rowsum), dQ, dK, dV) alike; nothing depends on names. An
-additive constant mask that is 0 up to the diagonal and at most -1e4 above it makes the region causal: blocks above the
-diagonal are not computed. What does not match runs as GEMM, tile program, GEMM through memory.
+The pattern is one tile unit over (batch..., queries, keys) that reduces over the keys; its inputs of that shape come
+from GEMMs that nobody else reads, its outputs of that shape go into GEMMs alone. That covers softmax(q^T k * scale +
+mask) v and the backward that grad.py derives from it (dP = dout^T v, dS = P (dP - rowsum), dQ, dK, dV) alike; nothing
+depends on names. An additive constant mask that is 0 up to the diagonal and at most -1e4 above it makes the region
+causal: blocks above the diagonal are not computed. What does not match runs as GEMM, tile program, GEMM through memory.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class Region:
 
 
 def block_rows(queries: int) -> int:
-    """Rows of queries at a time: enough for the GEMM's register tiles, few enough that causal blocks are worth skipping."""
+    """Rows of queries at a time: enough for the GEMM's register tiles, few enough that causal blocks are worth
+    skipping.
+    """
     return 64 if queries <= 512 else 128
 
 
@@ -83,8 +85,8 @@ def _batch(n: Node) -> tuple[int, ...]:
 
 
 def _square(ref: Ref, queries: int, keys: int) -> tuple[int, int] | None:
-    """For an operand whose last two axes are the queries and the keys of a root (..., queries, keys) in one order or the other:
-    the places (0 or 1) of query and key among the two."""
+    """For an operand whose last two axes are the queries and the keys of a root (..., queries, keys) in one order or
+    the other: the places (0 or 1) of query and key among the two."""
     root = ref.root
     if root.shape[-2:] != (queries, keys) or ref.layout.offset or ref.layout.size != root.size:
         return None
@@ -135,9 +137,8 @@ class Finder:
         if self._surrounds(set(members)):
             return None
         region.steps = members
-        region.scratch = list(dict.fromkeys(
-            [p.node.out.root for p in products] + [r.root for p in consumers for r in p.node.refs() if self._made(unit, r.root)]
-        ))  # fmt: skip
+        inside = [r.root for p in consumers for r in p.node.refs() if self._made(unit, r.root)]
+        region.scratch = list(dict.fromkeys([p.node.out.root for p in products] + inside))
         return region
 
     def _made(self, unit: Unit, root: Root) -> bool:
@@ -165,7 +166,11 @@ class Finder:
             outside = [r for r in n.out.root.readers if self.unit_of[r] is not unit]
             if n.out.root.place == "arena" and not outside:
                 continue
-            if n.out.root.place != "arena" or n.kind != "ew" or math.prod(n.shape) != math.prod((*batch, queries, keys)):
+            if (
+                n.out.root.place != "arena"
+                or n.kind != "ew"
+                or math.prod(n.shape) != math.prod((*batch, queries, keys))
+            ):
                 return None
             if n.out.root.shape[-2:] != (queries, keys) or not n.out.is_whole():
                 return None
@@ -236,7 +241,9 @@ def ordered(units: Sequence[Unit]) -> list[Unit]:
 
 
 def is_causal(n: Node, space: Space) -> bool:
-    """Whether a node adds a constant that is 0 up to the diagonal and takes keys away above it, for every place of the batch."""
+    """Whether a node adds a constant that is 0 up to the diagonal and takes keys away above it, for every place of
+    the batch.
+    """
     if n.kind != "ew" or n.op != "add" or not space.is_full(n):
         return False
     for ref in n.refs():

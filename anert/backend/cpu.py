@@ -94,7 +94,9 @@ class CpuBinding(Binding):
 class CpuProgram(Program):
     """A Function as a plan. `emitted.patterns` and `stats` say what was fused."""
 
-    def __init__(self, function: Function, emitted: Emitted, counters: Sequence[str], pool: Pool, slot: RunSlot) -> None:
+    def __init__(
+        self, function: Function, emitted: Emitted, counters: Sequence[str], pool: Pool, slot: RunSlot
+    ) -> None:
         self.inputs = tuple(Port(v.name, v.type) for v in function.inputs)
         self.outputs = tuple(Port(v.name, v.type) for v in function.outputs)
         self.emitted, self.pool, self.slot = emitted, pool, slot
@@ -116,7 +118,9 @@ class CpuProgram(Program):
         return CpuBinding(self, surfaces)
 
     def overflows(self, reset: bool = False) -> dict[str, int]:
-        """In precision fp16: how many values each op rounded to inf since the program was made, by the op's value name."""
+        """In precision fp16: how many values each op rounded to inf since the program was made, by the op's value
+        name.
+        """
         counter = load().lib.anert_plan_counter
         found = {name: int(counter(self.emitted.plan, i, int(reset))) for i, name in enumerate(self.counters)}
         return {name: n for name, n in found.items() if n}
@@ -137,8 +141,8 @@ def written_flops(function: Function) -> int:
 class CpuBackend(Backend):
     """Runs MIL on this machine's cores.
 
-    pool: the threads and instruction set. precision: `fp32`, `bf16` or `fp16`. heap: where surfaces and the arena come from.
-    fuse=False makes every elementwise op a step of its own, for tests: the results are the same bits.
+    pool: the threads and instruction set. precision: `fp32`, `bf16` or `fp16`. heap: where surfaces and the arena
+    come from. fuse=False makes every elementwise op a step of its own, for tests: the results are the same bits.
     """
 
     name = "cpu"

@@ -32,18 +32,17 @@ class Emitted:
 
 
 def outside_roots(units: Sequence[Unit]) -> set[Root]:
-    """Roots that must be in memory: ports, constants, and what another unit than its writer reads."""
+    """Roots that must be in memory: ports, constants, what another unit than its writer reads, what is no register."""
     unit_of = {n: u for u in units for n in u.nodes}
     found: set[Root] = set()
     for unit in units:
         for n in unit.nodes:
+            scratch = unit.region.scratch if unit.region is not None else ()
+            plain = unit.space is None and (unit.region is None or n.kind == "gemm")
             for ref in (*n.refs(), *n.written()):
                 root = ref.root
-                if root.place != "arena" or any(unit_of[w] is not unit for w in (*root.writers, *root.readers)):
-                    found.add(root)
-                if unit.space is None and unit.region is None:
-                    found.add(root)
-                elif unit.region is not None and (n.kind == "gemm" or root in unit.region.scratch):
+                elsewhere = any(unit_of[w] is not unit for w in (*root.writers, *root.readers))
+                if root.place != "arena" or elsewhere or plain or root in scratch:
                     found.add(root)
     return found
 
@@ -296,4 +295,3 @@ def _merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tupl
         else:
             groups.append((extent, here))
     return groups
-

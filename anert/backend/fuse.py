@@ -1,8 +1,8 @@
 """Graph -> units: elementwise nodes and reductions that share an iteration space become one unit, others stand alone.
 
-A unit's space is a list of dims that every member's shape is a merge of. Members are `full` (they vary over all dims) or
-`reduced` (over those that the unit's reductions leave). A value passes from member to member in a register if its reader
-sees it in index order; everything else goes through memory, and then producer and reader are different units.
+A unit's space is a list of dims that every member's shape is a merge of. Members are `full` (they vary over all dims)
+or `reduced` (over those that the unit's reductions leave). A value passes from member to member in a register if its
+reader sees it in index order; everything else goes through memory, and then producer and reader are different units.
 """
 
 from __future__ import annotations

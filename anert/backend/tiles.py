@@ -1,8 +1,8 @@
 """Unit -> tile program: instructions by pass, registers, and how the space lies over rows, lanes and outer dims.
 
-Passes: a reduction folds its operand in pass p; what needs its result runs after pass p (once per tile, on what does not vary
-over the reduced dims) or in the body of pass p + 1. A value that a later body needs again is computed again if that is cheap,
-else kept in the tile's scratch.
+Passes: a reduction folds its operand in pass p; what needs its result runs after pass p (once per tile, on what does
+not vary over the reduced dims) or in the body of pass p + 1. A value that a later body needs again is computed again
+if that is cheap, else kept in the tile's scratch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FULL = LANES | ROWS
 CHUNK = 1024
 """Elements of a register: 4 KiB, so that eight of them fit the first-level cache."""
 MAX_REGISTERS = 64
-HEAVY = frozenset({"exp", "log", "tanh", "sigmoid", "erf", "pow", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh",
-                   "atanh", "mod", "i32_div", "i32_mod"})  # fmt: skip
+HEAVY = frozenset({"exp", "log", "tanh", "sigmoid", "erf", "pow", "sin", "cos", "tan", "asin", "acos", "atan", "sinh",
+                   "cosh", "atanh", "mod", "i32_div", "i32_mod"})  # fmt: skip
 """Ops that are kept rather than computed again."""
 CHEAP_OPS = 4
 FOLDS = frozenset({"sum", "rmax", "rmin"})
@@ -147,7 +147,7 @@ def _axes(space: Space, views: list[tuple[int, ...]], first: int) -> _Axes:
     outer = [g for g in rest if g is not rows]
     if len(outer) > DIMS - 2:
         raise UnsupportedError(f"an elementwise program over {len(groups)} unmergeable dims: 'cpu' runs up to {DIMS}")
-    order = [[] for _ in range(DIMS - 2 - len(outer))] + outer + [rows or [], lanes or []]
+    order: list[list[int]] = [[] for _ in range(DIMS - 2 - len(outer))] + outer + [rows or [], lanes or []]
     dims = tuple(math.prod(space.dims[d] for d in g) for g in order)
     reduced = sum(1 << i for i, g in enumerate(order) if g and space.flags[g[0]])
     return _Axes(order, dims, reduced)
@@ -157,8 +157,8 @@ def _axes(space: Space, views: list[tuple[int, ...]], first: int) -> _Axes:
 
 
 class TileBuilder:
-    """Builds the program of one unit. `outside`: roots that must be in memory. loops: as many leading dims of the space are a
-    region's loops, not the program's."""
+    """Builds the program of one unit. `outside`: roots that must be in memory. loops: as many leading dims of the
+    space are a region's loops, not the program's."""
 
     def __init__(self, unit: Unit, outside: set[Root], loops: int | None = None) -> None:
         assert unit.space is not None
@@ -229,10 +229,10 @@ class TileBuilder:
             else:
                 sources.append(self.made[s.root] if s.root in self.made else self._load(s, full))
         kind, phase = 0, 0
-        for s in sources:
-            if isinstance(s, int):
-                kind |= self.values[s].kind
-                phase = max(phase, self.values[s].phase)
+        for number in sources:
+            if isinstance(number, int):
+                kind |= self.values[number].kind
+                phase = max(phase, self.values[number].phase)
         if n.kind == "reduce":
             phase += phase & 1  # a body
             value = _Value(kind & ~self._reduced_bits(), phase + 1, n.op, tuple(sources))
@@ -439,13 +439,16 @@ class _Schedule:
         return self.numbers - 1
 
     def allot(self) -> int:
-        """Replace value numbers by registers; those that outlive their phase keep theirs. Returns how many there are."""
+        """Replace value numbers by registers; those that outlive their phase keep theirs. Returns how many there
+        are.
+        """
         last: dict[int, int] = {}
         for at, i in enumerate(self.instrs):
             for n in (*i.sources(), i.dst):
                 last[n] = at
         register = {n: k for k, n in enumerate(sorted(self.lasting))}
-        count, free = len(register), []
+        count = len(register)
+        free: list[int] = []
         for at, i in enumerate(self.instrs):
             done = {n for n in i.sources() if n >= 0 and n not in self.lasting and last[n] == at}
             a, b, c = (register[n] if n >= 0 else -1 for n in i.sources())
