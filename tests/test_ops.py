@@ -144,7 +144,9 @@ def test_flops_count_multiply_adds(kind: str) -> None:
         f = trace(kind, case)
         row, op = TABLE[kind], f.ops[-1]
         assert row.flops is not None
-        found = row.flops({k: v.type for k, v in op.inputs.items() if isinstance(v, Value)}, op.attrs, [v.type for v in f.outputs])
+        found = row.flops(
+            {k: v.type for k, v in op.inputs.items() if isinstance(v, Value)}, op.attrs, [v.type for v in f.outputs]
+        )
         ones = {k: np.ones_like(v, np.float64) for k, v in case.inputs.items() if k not in ("bias", "attn_mask")}
         if kind == "scaled_dot_product_attention":
             q, k, v = case.inputs["query"].shape, case.inputs["key"].shape, case.inputs["value"].shape
@@ -172,7 +174,7 @@ def result(v: Value, **inputs: Any) -> np.ndarray:
 
 def test_operators_are_arithmetic() -> None:
     x = source()
-    y = -(2.0 - (x + 1) * 3 / 2) ** 2 + 1.0 / (x * x + 0.5)
+    y = -((2.0 - (x + 1) * 3 / 2) ** 2) + 1.0 / (x * x + 0.5)
     a = np.arange(6.0).reshape(2, 3)
     close(result(y, x=a), -((2.0 - (a + 1) * 3 / 2) ** 2) + 1.0 / (a * a + 0.5))
 
@@ -204,7 +206,14 @@ def test_indexing_is_numpy_s(data: st.DataObject) -> None:
         items.append(
             data.draw(
                 st.sampled_from(
-                    [start, start - d, slice(start, stop + 1), slice(None), slice(None, None, -1), slice(start, None, 2)]
+                    [
+                        start,
+                        start - d,
+                        slice(start, stop + 1),
+                        slice(None),
+                        slice(None, None, -1),
+                        slice(start, None, 2),
+                    ]
                 )
             )
         )
