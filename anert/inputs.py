@@ -75,11 +75,39 @@ def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) 
         yield Notice("info", f"weights from {found.path}, step {found.step}; optimizer and data start anew")
         return Weights(_follow(config, found.state["config"]), found.model, None, found.tokenizer_path)
     shape, tensors = llama2c.read(path)
-    fields = {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.name in _names(config)}
+    fields = _shared_fields(config, shape)
     changed = {k: v for k, v in fields.items() if getattr(config, k) != v}
     if changed:
         yield Notice("info", "the model follows the checkpoint: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
     return Weights(dataclasses.replace(config, **fields), tensors)
+
+
+def open_model(plugin: Plugin, path: Path, tokenizer: str) -> tuple[Decoder, Mapping[str, np.ndarray], Tokenizer]:
+    """The model, its weights and its tokenizer, from a run directory, a step of one, or a llama2.c file."""
+    from anert import checkpoint
+    from anert.formats import llama2c
+    from anert.tokenizer import load_tokenizer
+
+    if path.is_dir() or path.name in ("last", "best"):
+        found = checkpoint.load(path)
+        preset = plugin.preset(found.state["preset"])
+        config, tensors, beside = _follow(preset.config, found.state["config"]), found.model, found.tokenizer_path
+    else:
+        shape, tensors = llama2c.read(path)
+        preset, beside = plugin.preset(), None
+        config = dataclasses.replace(preset.config, **_shared_fields(preset.config, shape))
+    source = Path(tokenizer) if tokenizer else beside
+    if source is None:
+        raise InputError(f"{path} brings no tokenizer: pass --tokenizer FILE, the one that it was trained with")
+    vocabulary = load_tokenizer(source)
+    if vocabulary.vocab_size > config.vocab_size:
+        raise InputError(f"{source} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}: another tokenizer's?")
+    return preset.model(config), tensors, vocabulary
+
+
+def _shared_fields(config: Any, shape: Any) -> dict[str, Any]:
+    """The fields of a llama2.c header that this model's config has."""
+    return {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.name in _names(config)}
 
 
 def _names(config: Any) -> set[str]:

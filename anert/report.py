@@ -59,13 +59,14 @@ def significant(value: float, digits: int = 3) -> str:
     """`digits` significant digits without an exponent: 0.0123, 1.23, 12.3, 123."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
+    value = float(f"{value:.{digits}g}")
     places = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{value:.{max(0, min(places, 6))}f}"
 
 
 def flops(per_second: float) -> str:
-    """FLOP/s, as TFLOPS from a tenth of one upwards and as GFLOP/s below."""
-    return f"{per_second / 1e12:.2f} TFLOPS" if per_second >= 1e11 else f"{per_second / 1e9:.1f} GFLOP/s"
+    """FLOP/s, as TFLOPS from one upwards and as GFLOP/s below."""
+    return f"{per_second / 1e12:.2f} TFLOPS" if per_second >= 1e12 else f"{per_second / 1e9:.1f} GFLOP/s"
 
 
 def clock(seconds: float) -> str:
@@ -168,7 +169,7 @@ class Plain(Off):
         skipped = "  skipped: gradients overflowed" if event.skipped else ""
         return [
             f"step {of}  loss {event.loss:7.4f}  lr {event.lr:.2e}  norm {event.grad_norm:6.2f}  "
-            f"scale {event.loss_scale:<6g}  {event.step_ms:8.1f} ms  {count(event.tokens_per_s):>9} tok/s  "
+            f"scale {event.loss_scale:<6g}  {event.step_ms:7.1f} ms  {count(event.tokens_per_s):>8} tok/s  "
             f"{flops(rate):>13}{share}  left {clock(event.eta_s):>5}{skipped}"
         ]
 

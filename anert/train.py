@@ -360,7 +360,7 @@ class Trainer:
         start = time.perf_counter()
         settings = Sampler(temperature=0.8, top_k=50, seed=self.options.seed)
         text = "".join(
-            continue_text(self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, max_tokens, seconds)
+            continue_text(lambda _: self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, max_tokens, seconds)
         )
         return Sampled(self.step, text, (time.perf_counter() - start) * 1e3)
 
