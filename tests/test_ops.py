@@ -412,6 +412,46 @@ def test_bad_arguments_are_shape_errors(kind: str, operands: dict[str, Any], att
     assert len(f.ops) == before, "a refused op leaves no trace"
 
 
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-9, 9),
+    st.sampled_from([1 << 31, -(1 << 40), 1e400, -1e5, float("nan"), "add", "same", "", object]),
+    st.lists(st.integers(-4, 5), max_size=5),
+    st.lists(st.one_of(st.booleans(), st.floats(), st.none()), max_size=4),
+    st.just(((1, 2), (3, 4))),
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutated_arguments_work_or_are_refused_in_words(kind: str) -> None:
+    """One attribute or one operand's shape or dtype changed at random: never another exception than anert's own."""
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(op_cases(kind, 5), st.data())
+    def test(case: Case, data: st.DataObject) -> None:
+        inputs, attrs = dict(case.inputs), dict(case.attrs)
+        names = [a.name for a in TABLE[kind].args if a.kind == "attr"] if kind != "const" else []
+        if names and data.draw(st.booleans()):
+            attrs[data.draw(st.sampled_from(names))] = data.draw(ODD)
+        elif inputs:
+            name = data.draw(st.sampled_from(sorted(inputs)))
+            shape = data.draw(st.lists(st.integers(0, 4), max_size=5))
+            odd = np.zeros(shape, data.draw(st.sampled_from([np.float16, np.float32, np.int32, np.int8, np.bool_])))
+            inputs[name] = (*inputs[name][1:], odd) if isinstance(inputs[name], tuple) else odd
+        try:
+            f = trace(kind, Case(inputs, attrs))
+        except (ShapeError, UnsupportedError) as refused:
+            assert len(str(refused)) > 10 and "\n" not in str(refused)
+            return
+        if sum(v.type.size for v in f.outputs) > 1 << 16:
+            return
+        for a, v in zip(TABLE[kind].evaluate(floats(inputs), f.ops[-1].attrs), f.outputs, strict=True):
+            assert a.shape == v.shape
+
+    test()
+
+
 def test_every_family_refuses_something() -> None:
     assert len({kind for kind, *_ in REFUSED}) >= 30
 

@@ -26,7 +26,7 @@ from anert.mil.ops.build import (
     times,
     unbroadcast,
 )
-from anert.mil.ops.core import greater_equal, less_equal, logical_and, select
+from anert.mil.ops.core import greater, greater_equal, less_equal, logical_and, select
 from anert.mil.ops.table import Arg, OpDef, Types, define
 
 Slopes = Callable[[Value, Value, Value, Value], tuple[Value | None, Value | None]]
@@ -115,8 +115,10 @@ def _powers(x: Value, y: Value, out: Value, dout: Value) -> tuple[Value | None, 
     if y.const is not None and y.const.size == 1:
         c = float(y.const.reshape(()))
         return (times(dout, _power_slope(x, c, out)) if c else None), None
-    dx = times(dout, y * pow(x, y - 1.0))
-    return dx, times(dout, out * log(x)) if differentiable(y) else None
+    dx = times(dout, y * pow(x, y - 1.0)) if differentiable(x) else None
+    if not differentiable(y):
+        return dx, None
+    return dx, times(dout, select(greater(x, 0.0), out * log(x), 0.0))  # 0 ** y is flat in y
 
 
 add = _binary("add", np.add, lambda x, y, out, dout: (dout, dout), "x + y.")

@@ -19,6 +19,7 @@ from anert.mil.ops.build import (
     axis_of,
     broadcast_to,
     choice,
+    constant,
     differentiable,
     one,
     one_dtype,
@@ -29,7 +30,7 @@ from anert.mil.ops.build import (
     times,
     unbroadcast,
 )
-from anert.mil.ops.core import cast, equal
+from anert.mil.ops.core import equal, select
 from anert.mil.ops.elementwise import exp, maximum
 from anert.mil.ops.elementwise import pow as power
 from anert.mil.ops.table import Arg, OpDef, Types, define
@@ -133,7 +134,7 @@ def _extreme_slope(op: Op, dout: Value) -> Value:
     """The cotangent goes to the elements that equal the extreme, in equal parts (as torch.amax shares it)."""
     x = op.inputs["x"]
     assert isinstance(x, Value)
-    hit = cast(equal(x, _lifted(op.out, op)), x.dtype)
+    hit = select(equal(x, _lifted(op.out, op)), constant(x.function, 1.0, x.dtype), 0.0)
     hits = maximum(reduce_sum(hit, op.attrs["axes"], keep_dims=True), 1.0)
     return hit * (_lifted(dout, op) / hits)
 
