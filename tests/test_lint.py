@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from test_grad import attention, cfg, ffn, shapes, trace
 
+from anert.capabilities import ANE
 from anert.errors import InputError, MILSyntaxError
+from anert.kernel import build
 from anert.mil import ops
+from anert.mil.grad import differentiate
 from anert.mil.graph import Function
 from anert.mil.lint import as_json, as_sarif, as_text, lint, lint_text
 from anert.mil.lint_rules import CHIPS, catalogue
+from anert.stages import roles, split
 
 INFO = '[buildInfo = dict<string, string>({{"coremlc-version", "3505.4.1"}})]'
 
@@ -233,6 +239,20 @@ def test_text_json_and_sarif() -> None:
     for entry in run["results"]:
         assert entry["ruleId"] in rules and entry["level"] in ("error", "warning", "note")
         assert entry["locations"][0]["physicalLocation"]["region"]["startLine"] > 0
+
+
+@pytest.mark.parametrize("layout", ["ports", "packed"])
+@pytest.mark.parametrize("block", [attention, ffn])
+def test_our_kernels_have_no_agreed_error(block: Any, layout: str) -> None:
+    """Forward and backward of a decoder block, every stage of it, on every chip."""
+    config = cfg(dim=768, hidden_dim=2048, n_heads=12, n_kv_heads=4)
+    gradient = differentiate(trace(block, config, 256, 1), ["x"], shapes(config, block))
+    for function in (gradient.forward, gradient.backward):
+        role = roles(function, shapes(config, block))
+        for stage in split(function, role):
+            kernel = build(stage, role, layout, ANE, "k")
+            found = lint_text(kernel.text, blobs=kernel.blobs)
+            assert not [f for f in found if (f.severity, f.confidence) == ("error", "agreed")], as_text(found)
 
 
 def test_the_sample_files_can_be_linted(shared_data: Path) -> None:
