@@ -5,6 +5,7 @@ Pure but for the clock: no terminal and no rich here. `update` is O(1); `frame` 
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -99,9 +100,10 @@ class Board:
             case ev.Progress():
                 s.busy = f"{event.task}: {progress_text(event)}"
             case ev.Validated():
-                self._points.append((event.step, event.loss))
-                if event.best or s.best is None:
-                    s.best = (event.step, event.loss)
+                if math.isfinite(event.loss):
+                    self._points.append((event.step, event.loss))
+                    if event.best or s.best is None:
+                        s.best = (event.step, event.loss)
             case ev.Sampled():
                 s.story, s.story_step = event.text, event.step
             case ev.RunDone():
@@ -116,9 +118,10 @@ class Board:
         s.step, s.busy, s.seen_s = event, "", time.monotonic()
         s.skipped += event.skipped
         s.clamped += event.clamped
-        s.loss = self._loss.add(event.loss)
-        s.raw.add(event.step, event.loss)
-        s.smooth.add(event.step, s.loss)
+        if math.isfinite(event.loss):
+            s.loss = self._loss.add(event.loss)
+            s.raw.add(event.step, event.loss)
+            s.smooth.add(event.step, s.loss)
         s.lr.add(event.step, event.lr)
         s.norm.add(event.step, event.grad_norm)
         s.scale.add(event.step, event.loss_scale)

@@ -36,6 +36,9 @@ class Stop:
     def __call__(self) -> bool:
         return self.asked
 
+    def ask(self) -> None:
+        self.asked = True
+
     def handle(self, _signal: int, _frame: FrameType | None) -> None:
         if self.asked:
             self.ui.restore()
@@ -61,7 +64,9 @@ def train(job: Job, *, ui: str | None = None, log: Path | None = None, as_json: 
     stop, events = Stop(view), EventLog(log)
     try:
         with stop.installed():
-            done = follow(trainer(job.plugin, job.preset, job.config, job.options, stop), view, events)
+            done = follow(
+                trainer(job.plugin, job.preset, job.config, job.options, stop), view, events, on_lost=stop.ask
+            )
     finally:
         view.close()
         events.close()

@@ -1,5 +1,5 @@
-"""Head: embedding, final norm, classifier and cross-entropy, with their backward; native, outside MIL (32,000 channels exceed the
-engine's widths, and logits want fp32)."""
+"""Head: embedding, final norm, classifier and cross-entropy, with their backward; native, outside MIL (32,000 channels
+exceed the engine's widths, and logits want fp32)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a run starts from: its directory, initial weights, tokenizer and data; and what it will need of memory and disk."""
+"""What a run starts from: its directory, initial weights, tokenizer and data; and what it will need of memory and
+disk."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ CORPUS_MB = 4.0
 
 
 def run_dir(plugin: str, preset: str, options: TrainOptions) -> Path:
-    """Where the run keeps everything: --out, else the next free runs/<plugin>-<preset>-<n>. A new run never takes a used one."""
+    """Where the run keeps everything: --out, else the next free runs/<plugin>-<preset>-<n>. A new run never takes a
+    used one."""
     if options.out:
         out = Path(options.out)
         if options.init != "resume" and any(out.glob("step-*")):
@@ -58,7 +60,7 @@ def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) 
     from anert.formats import llama2c
 
     if options.init == "scratch":
-        return Weights(config)  # noqa: B901 - `yield from` hands it on
+        return Weights(config)
     if options.init == "resume":
         found = checkpoint.load(out)
         for path, why in found.skipped:
@@ -73,11 +75,39 @@ def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) 
         yield Notice("info", f"weights from {found.path}, step {found.step}; optimizer and data start anew")
         return Weights(_follow(config, found.state["config"]), found.model, None, found.tokenizer_path)
     shape, tensors = llama2c.read(path)
-    fields = {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.name in _names(config)}
+    fields = _shared_fields(config, shape)
     changed = {k: v for k, v in fields.items() if getattr(config, k) != v}
     if changed:
         yield Notice("info", "the model follows the checkpoint: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
     return Weights(dataclasses.replace(config, **fields), tensors)
+
+
+def open_model(plugin: Plugin, path: Path, tokenizer: str) -> tuple[Decoder, Mapping[str, np.ndarray], Tokenizer]:
+    """The model, its weights and its tokenizer, from a run directory, a step of one, or a llama2.c file."""
+    from anert import checkpoint
+    from anert.formats import llama2c
+    from anert.tokenizer import load_tokenizer
+
+    if path.is_dir() or path.name in ("last", "best"):
+        found = checkpoint.load(path)
+        preset = plugin.preset(found.state["preset"])
+        config, tensors, beside = _follow(preset.config, found.state["config"]), found.model, found.tokenizer_path
+    else:
+        shape, tensors = llama2c.read(path)
+        preset, beside = plugin.preset(), None
+        config = dataclasses.replace(preset.config, **_shared_fields(preset.config, shape))
+    source = Path(tokenizer) if tokenizer else beside
+    if source is None:
+        raise InputError(f"{path} brings no tokenizer: pass --tokenizer FILE, the one that it was trained with")
+    vocabulary = load_tokenizer(source)
+    if vocabulary.vocab_size > config.vocab_size:
+        raise InputError(f"{source} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}: another tokenizer's?")
+    return preset.model(config), tensors, vocabulary
+
+
+def _shared_fields(config: Any, shape: Any) -> dict[str, Any]:
+    """The fields of a llama2.c header that this model's config has."""
+    return {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.name in _names(config)}
 
 
 def _names(config: Any) -> set[str]:
@@ -88,7 +118,9 @@ def _follow(config: Any, recorded: Mapping[str, Any]) -> Any:
     """`config` with the values of a checkpoint's. InputError if that one is of another model."""
     unknown = set(recorded) - _names(config)
     if unknown:
-        raise InputError(f"the checkpoint's config has {', '.join(sorted(unknown))}, which this model does not: another plugin's?")
+        raise InputError(
+            f"the checkpoint's config has {', '.join(sorted(unknown))}, which this model does not: another plugin's?"
+        )
     return dataclasses.replace(config, **recorded)
 
 
@@ -103,7 +135,9 @@ class Data:
     config: Any
 
 
-def open_data(plugin: Plugin, preset: Preset, config: Any, options: TrainOptions, out: Path, weights: Weights) -> Iterator[Event]:
+def open_data(
+    plugin: Plugin, preset: Preset, config: Any, options: TrainOptions, out: Path, weights: Weights
+) -> Iterator[Event]:
     """Yields progress; returns the Data: tokenizer found or trained, text written or read, tokenized, mapped."""
     from anert import data
     from anert.tokenizer import load_tokenizer

@@ -1,7 +1,9 @@
-"""Kernel: a Function and its ports in wire form, as MIL text. Port order, padding, packing and orientation live here only.
+"""Kernel: a Function and its ports in wire form, as MIL text. Port order, padding, packing and orientation live here
+only.
 
-`ports`: each tensor its own port, [1, C, 1, W]. `packed`: one input tensor holds them all, and one output the results stacked along
-channels. Where element (r, c) of a logical tensor lies in a port is its Slot; Params are written by slots, activations read by them.
+`ports`: each tensor its own port, [1, C, 1, W]. `packed`: one input tensor holds them all, and one output the results
+stacked along channels. Where element (r, c) of a logical tensor lies in a port is its Slot; Params are written by
+slots, activations read by them.
 """
 
 from __future__ import annotations
@@ -188,7 +190,9 @@ def _matrix_shape(value: Value) -> tuple[int, int]:
 def _read_transposed(value: Value) -> bool:
     """Whether every matmul that reads this matrix reads it transposed."""
     users = [op for op in value.function.users().get(value, []) if op.kind == "matmul"]
-    return bool(users) and all(op.attrs["transpose_x"] if op.inputs["x"] is value else op.attrs["transpose_y"] for op in users)
+    return bool(users) and all(
+        op.attrs["transpose_x"] if op.inputs["x"] is value else op.attrs["transpose_y"] for op in users
+    )
 
 
 def build(stage: Stage, role: dict[str, str], layout: str, caps: Capabilities, name: str) -> Kernel:
@@ -201,7 +205,9 @@ def build(stage: Stage, role: dict[str, str], layout: str, caps: Capabilities, n
         mode = packing_mode(stage.function.inputs, role, caps)
         if not mode:
             shapes = ", ".join(f"{v.name} {v.shape}" for v in stage.function.inputs)
-            raise Unpackable(f"kernel {name!r}: its inputs share neither channels nor width ({shapes}): use layout ports")
+            raise Unpackable(
+                f"kernel {name!r}: its inputs share neither channels nor width ({shapes}): use layout ports"
+            )
         wire.packed(mode)
     elif layout == "ports":
         wire.ports()

@@ -1,7 +1,8 @@
 """Model and Decoder: parameters, blocks and Positions; what a plugin subclasses.
 
-A block is a plain function `block(cfg, x, w, pos) -> y` of (dim, N) values; `w.<name>` is a parameter of the layer that it runs in.
-Embedding, final norm and (tied) classifier are the native head's. Backward passes are derived, never written.
+A block is a plain function `block(cfg, x, w, pos) -> y` of (dim, N) values; `w.<name>` is a parameter of the layer that
+it runs in. Embedding, final norm and (tied) classifier are the native head's. Backward passes are derived, never
+written.
 """
 
 from __future__ import annotations
@@ -34,9 +35,11 @@ class _Weights:
 
 
 class Decoder:
-    """A decoder-only language model: embedding, `n_layers` times `blocks`, RMSNorm, classifier (tied unless `tied` is False).
+    """A decoder-only language model: embedding, `n_layers` times `blocks`, RMSNorm, classifier (tied unless `tied` is
+    False).
 
-    `config` is a frozen dataclass with at least dim, n_layers, vocab_size, seq_len; norm_eps and rope_theta where they apply.
+    `config` is a frozen dataclass with at least dim, n_layers, vocab_size, seq_len; norm_eps and rope_theta where they
+    apply.
     """
 
     blocks: ClassVar[Sequence[Block]] = ()

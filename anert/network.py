@@ -1,7 +1,7 @@
 """Network: a model compiled once and bound to surfaces: forward, backward, gradient recipes, head.
 
-All layers share a block's Programs and differ in their Bindings. Activations that the backward needs stay in per-layer surfaces;
-cotangents live in scratch that the layers share.
+All layers share a block's Programs and differ in their Bindings. Activations that the backward needs stay in per-layer
+surfaces; cotangents live in scratch that the layers share.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ class Network:
         total = (self.layers + 2) * 2 * self.model.config.dim * self.n
         for b in self._blocks:
             for kernel, _ in b.forward:
-                total += sum(kernel.sizes[p] for p in {s.port for s in kernel.outputs.values()}) * (self.layers if self.train else 2)
+                total += sum(kernel.sizes[p] for p in {s.port for s in kernel.outputs.values()}) * (
+                    self.layers if self.train else 2
+                )
             for kernel, _ in (*b.forward, *b.backward):
                 for port in {s.port for s in kernel.inputs.values()}:
                     names = [n for n, s in kernel.inputs.items() if s.port == port]
@@ -162,8 +164,10 @@ class Network:
                 p = store[name]
                 store.copy_of(name, Slot(name, p.rows, p.cols, 0, p.cols, 1), p.spec.size * 2, self._surface)
         embedding = store["tok_embeddings"]
-        self.head = Head(self.runtime.heap, self.runtime.pool, embedding, store["output"] if "output" in store else embedding,
-                         store["norm"] if "norm" in store else None, self.model.norm_eps, self.n, self.runtime.precision)  # fmt: skip
+        self.head = Head(
+            self.runtime.heap, self.runtime.pool, embedding, store.get("output", embedding), store.get("norm"),
+            self.model.norm_eps, self.n, self.runtime.precision,
+        )  # fmt: skip
         self._scratch: dict[tuple, Surface] = {}
         self.x = [self._dense("x")]
         self._forward: list[list[_Run]] = []
@@ -198,7 +202,8 @@ class Network:
 
     def _bind(self, kernel: Kernel, program: Program, env: dict[str, Location], block: _Block, layer: int,
               shared: tuple | None, j: int) -> _Run:  # fmt: skip
-        """Surfaces on all ports of a stage. `env` names what exists; results join it, in scratch under `shared` or of their own."""
+        """Surfaces on all ports of a stage. `env` names what exists; results join it, in scratch under `shared` or of
+        their own."""
         surfaces: dict[str, Surface] = {}
         copies: list[tuple[np.ndarray, np.ndarray]] = []
         for port in dict.fromkeys(s.port for s in kernel.inputs.values()):
@@ -221,7 +226,9 @@ class Network:
         for name, slot in kernel.outputs.items():
             if slot.port not in surfaces:
                 size = kernel.sizes[slot.port]
-                surfaces[slot.port] = self._surface(size) if shared is None else self._shared((*shared, kernel.name, slot.port), size)
+                surfaces[slot.port] = (
+                    self._surface(size) if shared is None else self._shared((*shared, kernel.name, slot.port), size)
+                )
             env[name] = Location(surfaces[slot.port], slot)
         return _Run(program.bind(surfaces), copies)
 
@@ -256,7 +263,9 @@ class Network:
                 runs.append(self._add_recipe(cot, dw))
         return runs
 
-    def _gemm_recipe(self, name: str, left: Location, right: Location, dw: Any, rows: int, cols: int) -> Callable[[float], None]:
+    def _gemm_recipe(
+        self, name: str, left: Location, right: Location, dw: Any, rows: int, cols: int
+    ) -> Callable[[float], None]:
         """dw (rows, cols) += alpha left (rows, n) right (cols, n)^T."""
         a, b = left.matrix(), right.matrix(transposed=True)
         c = ffi.ffi.new("anert_matrix *", (dw, ffi.lib.ANERT_F32, cols, 1, 0))[0]
@@ -326,7 +335,8 @@ class Network:
         return result
 
     def loss_backward(self, tokens: np.ndarray, targets: np.ndarray, scale: float) -> float:
-        """The loss; gradients (unscaled, fp32) are added to every Param. `scale` is the loss scale of the fp16 cotangents."""
+        """The loss; gradients (unscaled, fp32) are added to every Param. `scale` is the loss scale of the fp16
+        cotangents."""
         x = self.forward(tokens)
         start = time.perf_counter()
         loss, _ = self.head.loss_backward(x, targets, self.dx, scale)

@@ -1,5 +1,5 @@
-"""Layers as compositions of MIL ops, in forms known to work on the Neural Engine (ane_facts 3.5): no slices by width, no
-`rsqrt`, no `reduce_mean`, explicit additive masks. Values are fp16-typed, (C, T): channels by positions.
+"""Layers as compositions of MIL ops, in forms known to work on the Neural Engine (ane_facts 3.5): no slices by width,
+no `rsqrt`, no `reduce_mean`, explicit additive masks. Values are fp16-typed, (C, T): channels by positions.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from anert.mil import ops
 from anert.mil.graph import Function, Value
 
 MASKED = -30000.0
-"""Added to a masked attention score: exp underflows to exactly 0, and it stays finite in fp16 with a score beside it."""
+"""Added to a masked attention score: exp underflows to exactly 0, and it stays finite in fp16 with a score beside
+it."""
 
 
 class Positions:
-    """Where the T columns of a block's input stand: `batch` sequences of `seq_len`, one after another (N = batch * seq_len).
+    """Where the T columns of a block's input stand: `batch` sequences of `seq_len`, one after another (N = batch *
+    seq_len).
 
     In training the rotation tables and the causal mask are constants of the program, made once per Function.
     """
@@ -32,7 +34,8 @@ class Positions:
         return value
 
     def rotation(self, fn: Function, head_dim: int) -> tuple[Value, Value]:
-        """cos and sin, each (head_dim, N): channels 2i and 2i+1 turn by position * theta^(-2i/head_dim) (Su et al. 2021)."""
+        """cos and sin, each (head_dim, N): channels 2i and 2i+1 turn by position * theta^(-2i/head_dim) (Su et al.
+        2021)."""
         frequency = self.theta ** (-np.arange(0, head_dim, 2) / head_dim)
         angle = np.repeat(np.outer(frequency, np.arange(self.seq_len)), 2, axis=0)
         angle = np.tile(angle, (1, self.batch))  # (hd, N)
@@ -47,7 +50,8 @@ class Positions:
 def rmsnorm(x: Value, gain: Value, eps: float = 1e-5) -> Value:
     """x / sqrt(mean(x^2) + eps) * gain over channels (Zhang & Sennrich 2019). x (C, T), gain (C, 1) -> (C, T).
 
-    Squares are taken of x / 16 and their sum divided by C / 256, both exact: 768 squared activations of 10 already pass 65504.
+    Squares are taken of x / 16 and their sum divided by C / 256, both exact: 768 squared activations of 10 already pass
+    65504.
     """
     c = x.shape[0]
     if gain.shape != (c, 1):
@@ -91,7 +95,8 @@ def merge(x: Value) -> Value:
 def rope(x: Value, pos: Positions) -> Value:
     """Rotary embedding over adjacent channel pairs (Su et al. 2021, llama2.c's order). x (n, hd, N) -> (n, hd, N).
 
-    The pair swap (a, b) -> (-b, a) is a grouped 1x1 convolution with a constant signed permutation: no slice, no gather.
+    The pair swap (a, b) -> (-b, a) is a grouped 1x1 convolution with a constant signed permutation: no slice, no
+    gather.
     """
     n, hd, width = x.shape
     if hd % 2:

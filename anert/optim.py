@@ -1,12 +1,13 @@
-"""Optimizers: one fused native pass a Param, reading gradient and moments, writing master and every fp16 copy; and schedules."""
+"""Optimizers: one fused native pass a Param, reading gradient and moments, writing master and every fp16 copy; and
+schedules."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 
-from anert.errors import InputError
 from anert import ffi
+from anert.errors import InputError
 from anert.ffi import call
 from anert.param import Param, ParamStore
 
@@ -14,7 +15,8 @@ Schedule = Callable[[int], float]
 
 
 def warmup_cosine(lr: float, min_lr: float, warmup: int, steps: int) -> Schedule:
-    """lr(step) for optimizer steps 0, 1, ...: linear to `lr` over `warmup` steps, then a half cosine to `min_lr` at `steps`."""
+    """lr(step) for optimizer steps 0, 1, ...: linear to `lr` over `warmup` steps, then a half cosine to `min_lr` at
+    `steps`."""
 
     def at(step: int) -> float:
         if step < warmup:
@@ -52,7 +54,8 @@ class Optimizer:
         return math.sqrt(self._sum[0]) if self._sum[0] >= 0 else math.nan, bool(self._finite[0])
 
     def step(self, lr: float, grad_scale: float) -> int:
-        """Update all Params with gradients times `grad_scale`; returns how many weights were clamped on their way to fp16."""
+        """Update all Params with gradients times `grad_scale`; returns how many weights were clamped on their way to
+        fp16."""
         self.t += 1
         a = self.args
         a.lr, a.grad_scale = lr, grad_scale

@@ -1,7 +1,7 @@
 """Param: an fp32 master, its gradient and moments, and the fp16 copies that programs read.
 
-All masters lie in one buffer, all gradients in another, so that a norm or a checkpoint is one pass. A copy is written when
-the optimizer steps or weights are loaded, and at no other time.
+All masters lie in one buffer, all gradients in another, so that a norm or a checkpoint is one pass. A copy is written
+when the optimizer steps or weights are loaded, and at no other time.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from anert.errors import InputError, ShapeError
 from anert import ffi
+from anert.errors import InputError, ShapeError
 from anert.ffi import Pool, call
 from anert.kernel import Slot
 from anert.surface import Heap, Surface
@@ -54,7 +54,8 @@ class Spec:
 
 
 class Param:
-    """A named parameter; `master` and, in training, `grad`, `m`, `v` are fp32 (rows, cols) views of the store's buffers."""
+    """A named parameter; `master` and, in training, `grad`, `m`, `v` are fp32 (rows, cols) views of the store's
+    buffers."""
 
     def __init__(self, name: str, spec: Spec, master: np.ndarray) -> None:
         self.name, self.spec, self.master = name, spec, master
@@ -66,12 +67,15 @@ class Param:
         self._native: Any = None
 
     def place(self, surface: Surface, slot: Slot) -> None:
-        """Keep an fp16 copy at `slot` of `surface` from now on. ShapeError if the slot has another shape or leaves the surface."""
+        """Keep an fp16 copy at `slot` of `surface` from now on. ShapeError if the slot has another shape or leaves the
+        surface."""
         if (slot.rows, slot.cols) != (self.rows, self.cols):
             raise ShapeError(f"{self.name} is {self.spec.shape}, its slot in {slot.port} is ({slot.rows}, {slot.cols})")
         last = slot.offset + (self.rows - 1) * slot.row_stride + (self.cols - 1) * slot.col_stride + slot.broadcast
         if last * 2 > surface.nbytes:
-            raise ShapeError(f"{self.name}: slot of {slot.port} ends at byte {last * 2}, the surface has {surface.nbytes}")
+            raise ShapeError(
+                f"{self.name}: slot of {slot.port} ends at byte {last * 2}, the surface has {surface.nbytes}"
+            )
         self.placements.append((surface, slot))
         self._native = None
 
@@ -140,7 +144,11 @@ class ParamStore(Mapping[str, Param]):
 
     def copy_of(self, name: str, slot: Slot, nbytes: int, make: Callable[[int], Surface]) -> Surface:
         """The surface that holds parameter `name` alone, laid out as `slot`: one for all programs that read it so."""
-        key = (name, Slot("", slot.rows, slot.cols, slot.offset, slot.row_stride, slot.col_stride, slot.broadcast), nbytes)
+        key = (
+            name,
+            Slot("", slot.rows, slot.cols, slot.offset, slot.row_stride, slot.col_stride, slot.broadcast),
+            nbytes,
+        )
         surface = self._copies.get(key)
         if surface is None:
             surface = self._copies[key] = make(nbytes)
@@ -176,7 +184,16 @@ class ParamStore(Mapping[str, Param]):
         total = 0
         for p in self.values():
             array, n = p.native
-            call(ffi.lib.anert_param_sync, self.pool.ptr, ffi.ffi.cast("float *", p.master.ctypes.data), p.rows, p.cols, array, n, clamped)
+            call(
+                ffi.lib.anert_param_sync,
+                self.pool.ptr,
+                ffi.ffi.cast("float *", p.master.ctypes.data),
+                p.rows,
+                p.cols,
+                array,
+                n,
+                clamped,
+            )
             p.touched()
             total += clamped[0]
         return total

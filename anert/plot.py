@@ -167,7 +167,8 @@ def chart(raw: History, smooth: History, points: Sequence[tuple[float, float]], 
     if not smooth.y:
         blank: Line = [("waiting for the first step".center(width), "dim")]
         return [blank if r == height // 2 else [(" " * width, "")] for r in range(height)]
-    x_low, x_high = min(smooth.x[0], raw.x[0]), max(smooth.x[-1], raw.x[-1], *(p[0] for p in points), smooth.x[0] + 1)
+    x_low = min([smooth.x[0], *raw.x[:1]])
+    x_high = max([smooth.x[-1], *raw.x[-1:], *(p[0] for p in points), x_low + 1])
     low, high = _span(smooth, points, x_low + (x_high - x_low) / 20)
     wide, tall = 2 * canvas.width - 1, 4 * canvas.height - 1
 

@@ -125,7 +125,7 @@ class Plugin:
         return register
 
     def dataset(self, name: str) -> Callable[[F], F]:
-        """Declare `f(path, megabytes, seed, progress=None)`: writes a text corpus to `path`."""
+        """Declare `f(path, megabytes, seed, progress=None)`: writes text to `path`, calls progress(done, all) in MB."""
         return self._named(self.datasets, "dataset", name)
 
     def tokenizer(self, name: str) -> Callable[[F], F]:

@@ -10,7 +10,7 @@ import math
 import os
 import textwrap
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
@@ -59,13 +59,14 @@ def significant(value: float, digits: int = 3) -> str:
     """`digits` significant digits without an exponent: 0.0123, 1.23, 12.3, 123."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
+    value = float(f"{value:.{digits}g}")
     places = digits - 1 - math.floor(math.log10(abs(value)))
     return f"{value:.{max(0, min(places, 6))}f}"
 
 
 def flops(per_second: float) -> str:
-    """FLOP/s, as TFLOPS from a tenth of one upwards and as GFLOP/s below."""
-    return f"{per_second / 1e12:.2f} TFLOPS" if per_second >= 1e11 else f"{per_second / 1e9:.1f} GFLOP/s"
+    """FLOP/s, as TFLOPS from one upwards and as GFLOP/s below."""
+    return f"{per_second / 1e12:.2f} TFLOPS" if per_second >= 1e12 else f"{per_second / 1e9:.1f} GFLOP/s"
 
 
 def clock(seconds: float) -> str:
@@ -168,7 +169,7 @@ class Plain(Off):
         skipped = "  skipped: gradients overflowed" if event.skipped else ""
         return [
             f"step {of}  loss {event.loss:7.4f}  lr {event.lr:.2e}  norm {event.grad_norm:6.2f}  "
-            f"scale {event.loss_scale:<6g}  {event.step_ms:8.1f} ms  {count(event.tokens_per_s):>9} tok/s  "
+            f"scale {event.loss_scale:<6g}  {event.step_ms:7.1f} ms  {count(event.tokens_per_s):>8} tok/s  "
             f"{flops(rate):>13}{share}  left {clock(event.eta_s):>5}{skipped}"
         ]
 
@@ -326,10 +327,11 @@ class EventLog:
             self._file.close()
 
 
-def follow(events: Iterable[ev.Event], ui: UI, log: EventLog) -> ev.RunDone:
+def follow(events: Iterable[ev.Event], ui: UI, log: EventLog, on_lost: Callable[[], None] = lambda: None) -> ev.RunDone:
     """Log and show every event; returns the last one. StepDone.ms["dashboard"] is filled in on the way.
 
-    Its figure is what showing and logging took since the step before: wall time here, where the training thread
+    `on_lost` is called when the reader of the view goes away (a closed pipe), so that the run can save and end. The
+    dashboard's figure is what showing and logging took since the step before: wall time here, where the training thread
     waits, and CPU time of a thread that draws. Raises NativeError if the events end without RunDone.
     """
     spent_ms, done = 0.0, None
@@ -346,7 +348,11 @@ def follow(events: Iterable[ev.Event], ui: UI, log: EventLog) -> ev.RunDone:
             log.close()
             log = EventLog(Path(os.devnull))
             ui.show(ev.Notice("warning", f"the event log is off from here on: {error}"))
-        ui.show(event)
+        try:
+            ui.show(event)
+        except BrokenPipeError:
+            ui = Off()
+            on_lost()
         spent_ms += (time.perf_counter() - start) * 1e3
     if done is None:
         raise NativeError("the trainer ended without a RunDone event: a trainer's last event is RunDone")

@@ -1,4 +1,5 @@
-"""Runtime: one context (heap, pool, backend, precision, layout) that is handed to everything; nothing of it is global."""
+"""Runtime: one context (heap, pool, backend, precision, layout) that is handed to everything; nothing of it is
+global."""
 
 from __future__ import annotations
 
@@ -29,7 +30,11 @@ class Runtime:
 
     def __init__(self, backend: str = "auto", precision: str = "auto", layout: str = "auto", threads: int = 0,
                  compile_budget: int = 0, isa: str = "auto") -> None:  # fmt: skip
-        for value, known, option in ((backend, BACKENDS, "backend"), (precision, PRECISIONS, "precision"), (layout, LAYOUTS, "layout")):
+        for value, known, option in (
+            (backend, BACKENDS, "backend"),
+            (precision, PRECISIONS, "precision"),
+            (layout, LAYOUTS, "layout"),
+        ):
             if value not in known:
                 raise InputError(f"--{option} takes one of {', '.join(known)}, got {value!r}")
         if backend == "ane":
@@ -55,7 +60,11 @@ class Runtime:
 
     def _note(self, asked: str, precision: str) -> str:
         where = f"backend {asked}" if asked != "auto" else "backend cpu (auto: " + _no_ane() + ")"
-        why = "" if precision != "auto" else f" (auto: {self.pool.isa} multiplies bf16 {'' if self.precision == 'bf16' else 'not '}natively)"
+        why = (
+            ""
+            if precision != "auto"
+            else f" (auto: {self.pool.isa} multiplies bf16 {'' if self.precision == 'bf16' else 'not '}natively)"
+        )
         return f"{where}; precision {self.precision}{why}; {self.pool.threads} threads, {self.pool.isa}"
 
     def check_memory(self, nbytes: int, what: str) -> None:
@@ -68,7 +77,8 @@ class Runtime:
             )
 
     def peak_gflops(self) -> float:
-        """Best of several (1024)^3 products at this runtime's precision: what this machine's GEMM can reach, measured once (~0.2 s)."""
+        """Best of several (1024)^3 products at this runtime's precision: what this machine's GEMM can reach, measured
+        once (~0.2 s)."""
         if not self._peak:
             from anert.surface import Surface
 

@@ -1,15 +1,27 @@
-"""Choosing the next token: temperature, top-k, top-p, min-p, repetition penalty; exact and reproducible by seed."""
+"""Choosing the next token (temperature, top-k, top-p, min-p, repetition penalty; reproducible by seed), and telling a
+text with a model: `generate` from a checkpoint, `continue_text` with networks that exist."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anert.errors import InputError, NonFiniteError
+
+if TYPE_CHECKING:
+    from anert.network import Network
+    from anert.plugin import Plugin
+    from anert.tokenizer import Tokenizer
+
+SHORTEST_WINDOW = 32
+"""Positions of the smallest forward program that sampling compiles; each next one has twice as many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,3 +147,82 @@ def _require_finite(logits: NDArray[np.float32]) -> None:
     if not math.isfinite(top):
         what = "none is allowed" if top == -math.inf else f"token {int(np.argmax(~(logits < math.inf)))} has {top}"
         raise NonFiniteError(f"logits cannot be sampled: {what}")
+
+
+def continue_text(
+    network: Callable[[int], Network],
+    tokenizer: Tokenizer,
+    prompt: str,
+    settings: Sampler,
+    max_tokens: int,
+    seconds: float = math.inf,
+) -> Iterator[str]:
+    """Yield the prompt, then text token by token, until bos or eos, `max_tokens`, or `seconds` have passed.
+
+    `network(length)`: a forward network of at least `length` positions, or the longest there is; past that the context
+    slides, its oldest half forgotten. Raises InputError for a prompt that encodes to nothing in a vocabulary without bos.
+    """
+    ids = tokenizer.encode(prompt, bos=tokenizer.bos_id >= 0)
+    if not ids:
+        raise InputError("the prompt is empty and the tokenizer has no bos token to begin with: give a --prompt")
+    rng, stream = settings.rng(), tokenizer.decode_stream()
+    yield "".join(stream.push(t) for t in ids)
+    context, end = list(ids), time.monotonic() + seconds
+    for _ in range(max_tokens):
+        if time.monotonic() >= end:
+            break
+        net = network(len(context))
+        if len(context) > net.n:
+            context = context[len(context) - max(1, net.n // 2) :]
+            net = network(len(context))
+        tokens = np.zeros(net.n, np.int32)  # what stands behind the last token cannot reach it
+        tokens[: len(context)] = context
+        logits = net.head.logits(net.forward(tokens), np.array([len(context) - 1], np.int32))[0]
+        token = settings.choose(logits, rng, ids)
+        if token in (tokenizer.bos_id, tokenizer.eos_id):
+            break
+        context.append(token)
+        ids.append(token)
+        yield stream.push(token)
+    yield stream.flush()
+
+
+def generate(
+    checkpoint: Path | str,
+    prompt: str,
+    plugin: Plugin,
+    max_tokens: int = 256,
+    tokenizer: str = "",
+    backend: str = "auto",
+    precision: str = "fp32",
+    threads: int = 0,
+    **settings: Any,
+) -> Iterator[str]:
+    """Continue `prompt` with the model of a run directory, a step of one, or a llama2.c file (which needs `tokenizer`).
+
+    Yields the prompt and then text as it is chosen. `settings`: fields of Sampler. Raises InputError and its kin.
+    """
+    from anert.inputs import open_model
+    from anert.network import Network
+    from anert.param import ParamStore
+    from anert.runtime import Runtime
+
+    sampler = Sampler(**settings)
+    model, tensors, vocabulary = open_model(plugin, Path(checkpoint), tokenizer)
+    rt = Runtime(backend, precision, threads=threads)
+    rt.check_memory(6 * sum(s.size for s in model.specs().values()), "the weights")
+    store = ParamStore(rt.heap, rt.pool, model.specs(), train=False)
+    store.load(tensors)
+    networks: dict[int, Network] = {}
+
+    def network(length: int) -> Network:
+        window = SHORTEST_WINDOW
+        while window < length:
+            window *= 2
+        window = min(window, model.config.seq_len)
+        if window not in networks:
+            networks[window] = Network(rt, model, store, window, 1, train=False)
+            store.sync()
+        return networks[window]
+
+    yield from continue_text(network, vocabulary, prompt, sampler, max_tokens)

@@ -70,14 +70,14 @@ class Model(Decoder):
 def sums(path, megabytes=1, seed=1337, progress=None):  # lines as "two plus three is five.", until the file is full
     names = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
     rng = random.Random(seed)
-    size, goal = 0, int(megabytes * 1e6)
+    size = 0
     with open(path, "w", encoding="utf-8") as file:
-        while size < goal:
+        while size < megabytes * 1e6:
             total = rng.randrange(len(names))
             first = rng.randint(0, total)
             size += file.write(f"{names[first]} plus {names[total - first]} is {names[total]}.\\n")
             if progress is not None:
-                progress(size, goal)
+                progress(size / 1e6, megabytes)
 '''
 
 

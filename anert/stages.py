@@ -1,10 +1,10 @@
 """Stages: a Function cut into the programs that its inputs allow on the wire.
 
-A stage fits when its inputs can lie side by side in one packed tensor: all with one channel count (`column`: activations and
-matrices next to each other as columns), or all of one width (`channel`: stacked along channels, no matrices); and when
-there are at most eight. The cut does not depend on layout or backend: values that cross it are fp16 ports, and ports are
-where a model rounds, so that every layout and backend computes the same numbers (the reference design's kernels,
-ane_facts 5.3, come out of this rule).
+A stage fits when its inputs can lie side by side in one packed tensor: all with one channel count (`column`:
+activations and matrices next to each other as columns), or all of one width (`channel`: stacked along channels, no
+matrices); and when there are at most eight. The cut does not depend on layout or backend: values that cross it are fp16
+ports, and ports are where a model rounds, so that every layout and backend computes the same numbers (the reference
+design's kernels, ane_facts 5.3, come out of this rule).
 """
 
 from __future__ import annotations
@@ -84,16 +84,14 @@ class _Splitter:
         return lookup(op.kind).category == "contract" and not any(v.is_const for v in op.operands())
 
     def reads(self, value: Value, s: int, seen: dict[Value, frozenset[Value]]) -> frozenset[Value]:
-        """The leaves through which stage `s` obtains `value`. Cheap ops are computed again, and contractions of activations that are
-        no (C, T) (attention scores); other results of earlier stages cross as ports."""
+        """The leaves through which stage `s` obtains `value`. Cheap ops are computed again, and contractions of
+        activations that are no (C, T) (attention scores); other results of earlier stages cross as ports."""
         if value in seen:
             return seen[value]
         op = value.op
         if op is None:
             result = frozenset((value,))
-        elif op.kind == "const":
-            result = frozenset()
-        elif self.stage.get(op) == s:
+        elif op.kind == "const" or self.stage.get(op) == s:
             result = frozenset()
         elif self.crosses(value, s):
             result = frozenset((value,))
@@ -112,7 +110,8 @@ class _Splitter:
         return home is not None and home < s
 
     def home(self, value: Value) -> int | None:
-        """The earlier stage that already has all that a cheap value needs, an anchor among it: it crosses from there."""
+        """The earlier stage that already has all that a cheap value needs, an anchor among it: it crosses from
+        there."""
         anchors, leaves, stack, visited = set(), set(), [value], set()
         while stack:
             v = stack.pop()
@@ -219,6 +218,7 @@ def _roots(op: Op) -> list[Value]:
 def split(function: Function, role: dict[str, str], limits: Capabilities = ANE) -> list[Stage]:
     """Cut a Function into stages in execution order. `role` names its inputs' roles (see `roles`).
 
-    A stage's inputs are inputs of the function or results of earlier stages, by name; the function's outputs keep theirs.
+    A stage's inputs are inputs of the function or results of earlier stages, by name; the function's outputs keep
+    theirs.
     """
     return _Splitter(function, role, limits).run()

@@ -88,6 +88,8 @@ class Surface:
         try:
             if not 0 <= offset <= self.nbytes:
                 raise ValueError("the offset lies outside")
+            if min(np.atleast_1d(shape), default=0) < 0:  # numpy.ndarray takes it for a size
+                raise ValueError("a dimension is negative")
             return np.ndarray(shape, kind, load().ffi.buffer(self._base, self.nbytes), offset, strides)
         except (TypeError, ValueError) as error:
             raise ShapeError(

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from anert.errors import AnertError, InputError
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MAX_SKIPPED = 30
-"""Steps in a row that may overflow before a run counts as diverged: enough for the scale to fall from 2^24 to under 1."""
+"""Steps in a row that may overflow before a run counts as diverged: enough for the scale to fall from 2^24 to under
+1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,8 @@ class TrainOptions:
 
 
 def waited(task: str, unit: str, work: Callable[[Callable[[float, float], None]], T]) -> Iterator[Event]:
-    """Run `work(progress)` in a thread and yield its progress(done, total) at most four times a second; returns its result."""
+    """Run `work(progress)` in a thread and yield its progress(done, total) at most four times a second; returns its
+    result."""
     ticks: queue.SimpleQueue[tuple[float, float] | None] = queue.SimpleQueue()
     outcome: list[Any] = []
     last = 0.0
@@ -102,14 +103,23 @@ def waited(task: str, unit: str, work: Callable[[Callable[[float, float], None]]
     ok, result = outcome
     if not ok:
         raise result
-    return result  # noqa: B901 - `yield from` hands it on
+    return result
 
 
 class Trainer:
-    """One run: prepares data and model, steps, validates, samples, saves. `run` is the generator that `train` returns."""
+    """One run: prepares data and model, steps, validates, samples, saves. `run` is the generator that `train`
+    returns."""
 
-    def __init__(self, plugin: Plugin, preset: str, config: Any, options: TrainOptions, stop: Callable[[], bool]) -> None:
-        self.plugin, self.preset, self.config, self.options, self.stop = plugin, plugin.preset(preset), config, options, stop
+    def __init__(
+        self, plugin: Plugin, preset: str, config: Any, options: TrainOptions, stop: Callable[[], bool]
+    ) -> None:
+        self.plugin, self.preset, self.config, self.options, self.stop = (
+            plugin,
+            plugin.preset(preset),
+            config,
+            options,
+            stop,
+        )
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.val_first = self.val_loss = self.best_val = self.train_loss = math.nan
         self.saved_step, self.saved_path = -1, ""
@@ -120,9 +130,9 @@ class Trainer:
     # ---- preparation
 
     def prepare(self) -> Iterator[Event]:
+        from anert.inputs import estimate_run, open_data, open_weights, run_dir
         from anert.param import ParamStore
         from anert.runtime import Runtime
-        from anert.inputs import estimate_run, open_data, open_weights, run_dir
 
         o = self.options
         self.rt = Runtime(o.backend, o.precision, o.layout, o.threads, o.compile_budget)
@@ -303,7 +313,9 @@ class Trainer:
         )  # fmt: skip
 
     def _kept(self) -> str:
-        return f"the last good checkpoint stays at {self.saved_path}" if self.saved_path else "no checkpoint was saved yet"
+        return (
+            f"the last good checkpoint stays at {self.saved_path}" if self.saved_path else "no checkpoint was saved yet"
+        )
 
     def _eta(self, elapsed: float) -> float:
         recent = self.step_ms[-20:]
@@ -347,7 +359,9 @@ class Trainer:
 
         start = time.perf_counter()
         settings = Sampler(temperature=0.8, top_k=50, seed=self.options.seed)
-        text = "".join(continue_text(self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, max_tokens, seconds))
+        text = "".join(
+            continue_text(lambda _: self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, max_tokens, seconds)
+        )
         return Sampled(self.step, text, (time.perf_counter() - start) * 1e3)
 
     def _finish(self, reason: str) -> Iterator[Event]:

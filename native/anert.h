@@ -97,9 +97,9 @@ typedef struct {
     int32_t broadcast;
 } anert_placement;
 typedef struct {
-    float lr, beta1, beta2, eps, weight_decay;
-    float bias1, bias2;  /* 1 - beta1^t, 1 - beta2^t */
-    float grad_scale;    /* multiplies the gradient: clip factor over accumulation */
+    double lr, beta1, beta2, eps, weight_decay; /* double: 1 - 0.999f is off by 1e-5 */
+    double bias1, bias2; /* 1 - beta1^t, 1 - beta2^t */
+    double grad_scale;   /* multiplies the gradient: clip factor over accumulation */
 } anert_adamw_args;
 /* AdamW (Loshchilov & Hutter 2019): reads grad, updates m, v and master (fp32, rows*cols each), then writes every
  * placement, clamped to +-65504; *clamped (may be NULL) is set to the number of weights that were past it. */
@@ -160,4 +160,94 @@ anert_status anert_head_loss(anert_pool *pool, const anert_head_args *args, doub
 /* logits (n_out, vocab) fp32 of the positions columns[0..n_out). */
 anert_status anert_head_logits(anert_pool *pool, const anert_head_args *args, const int32_t *columns, int64_t n_out,
                                float *logits, anert_error *err);
+
+/* ---- Plan: what the CPU engine runs. Built by anert/backend, validated in full by anert_plan_new ----
+ * A plan is a list of steps over buffers. Buffer 0 is the arena (interior values), the others are constants and ports,
+ * whose addresses each run brings. A view places a step's index space in a buffer: element (i0, i1, ...) is at
+ * offset + sum(i_d * strides[d]), in elements of its dtype. No step of a valid plan touches memory outside its buffers. */
+enum { ANERT_DIMS = 6 };
+typedef struct {
+    int64_t nbytes;
+    int32_t writable;
+} anert_buffer;
+typedef struct {
+    int32_t buffer; /* -1: scratch that belongs to the running thread and, in a tile program, to the tile */
+    int32_t dtype;
+    int64_t offset;
+    int64_t strides[6];
+    int64_t loops[3]; /* strides of an enclosing region: outer, group, query block; else 0 */
+} anert_view;
+
+/* Tile programs: instructions over registers of fp32 (int32 for I32_*) lanes. A register varies over the lanes (bit 0 of
+ * `kind`), over the rows (bit 1), both or neither. Truth is 1.0 or 0.0. Operand -1 - i is register-less: -1 reads imm. */
+enum {
+    ANERT_TILE_LOAD, ANERT_TILE_STORE, ANERT_TILE_MOV, /* MOV: also fills from imm */
+    ANERT_TILE_ADD, ANERT_TILE_SUB, ANERT_TILE_MUL, ANERT_TILE_DIV, ANERT_TILE_MAX, ANERT_TILE_MIN, ANERT_TILE_POW,
+    ANERT_TILE_MOD, ANERT_TILE_EQ, ANERT_TILE_NE, ANERT_TILE_LT, ANERT_TILE_LE, ANERT_TILE_SELECT,
+    ANERT_TILE_ABS, ANERT_TILE_SQRT, ANERT_TILE_RSQRT, ANERT_TILE_EXP, ANERT_TILE_LOG, ANERT_TILE_TANH,
+    ANERT_TILE_SIGMOID, ANERT_TILE_ERF, ANERT_TILE_SIN, ANERT_TILE_COS, ANERT_TILE_TAN, ANERT_TILE_ASIN,
+    ANERT_TILE_ACOS, ANERT_TILE_ATAN, ANERT_TILE_SINH, ANERT_TILE_COSH, ANERT_TILE_ATANH, ANERT_TILE_FLOOR,
+    ANERT_TILE_CEIL, ANERT_TILE_ROUND, ANERT_TILE_TRUNC, ANERT_TILE_SIGN,
+    ANERT_TILE_HALF,      /* round to fp16; past imm (65504 or less) is inf and adds to the counter */
+    ANERT_TILE_TO_F32, ANERT_TILE_TO_I32, /* int32 lanes -> fp32, fp32 -> int32 toward zero */
+    ANERT_TILE_I32_ADD, ANERT_TILE_I32_SUB, ANERT_TILE_I32_MUL, ANERT_TILE_I32_DIV, ANERT_TILE_I32_MOD,
+    ANERT_TILE_I32_MAX, ANERT_TILE_I32_MIN, ANERT_TILE_I32_EQ, ANERT_TILE_I32_LT, ANERT_TILE_I32_LE,
+    ANERT_TILE_SUM, ANERT_TILE_RMAX, ANERT_TILE_RMIN, /* over the reduced dims; ready after its pass */
+    ANERT_TILE_OPS
+};
+typedef struct {
+    int32_t op, kind;
+    int32_t pass;  /* 2 p: for every chunk of pass p; 2 p + 1: once, after pass p, over registers that do not reduce */
+    int32_t dst, a, b, c; /* registers; -1: imm */
+    int32_t view;  /* of LOAD and STORE; STORE's source is a */
+    int32_t counter; /* of HALF; -1: none */
+    float imm;     /* its bits are an int32 in I32_* */
+} anert_instr;
+
+/* Steps. `args` by kind, indices along an axis are checked when the step runs:
+ * TILE      dims: the space, rows and lanes last; reduced: bit d set where dim d is reduced; args: passes, registers,
+ *           rows a chunk, lanes a chunk. views and instrs are ranges.
+ * GEMM      dims: batch, batch, m, n, k; views a (batch, batch, m, k), b (batch, batch, k, n), c (batch, batch, m, n), and
+ *           if there are four, bias (m). alpha, beta, precision as in anert_gemm.
+ * GATHER    dims: the box of y; views y, x (stride 0 where only the index moves it), indices int32; element i of y is element i of
+ *           x plus index * args[1], the gathered axis' stride; its extent is args[0]. A negative index counts from the end.
+ * SCATTER   dims: the box of updates; views y, updates, indices; args[0], args[1] of y's axis; args[2]: ANERT_SCATTER_*. In
+ *           row-major order, so repeats have an order too.
+ * ARG       dims: the box of x, the axis last; views y int32, x; args[0]: 1 largest, 0 smallest; the first of equals.
+ * IM2COL    dims: batch, channels, kernel h, kernel w, out h, out w; views y (6 dims), x (batch, channels, -, -, h, w); args: stride
+ *           h, w, dilation h, w, pad top, left, input h, w. Outside the input is 0.
+ * COL2IM    the adjoint: dims as IM2COL; views y the columns, x the image, which is set to the sum of its columns. */
+enum {
+    ANERT_STEP_TILE, ANERT_STEP_GEMM, ANERT_STEP_GATHER, ANERT_STEP_SCATTER, ANERT_STEP_ARG, ANERT_STEP_IM2COL,
+    ANERT_STEP_COL2IM, ANERT_STEP_KINDS
+};
+enum {
+    ANERT_SCATTER_UPDATE, ANERT_SCATTER_ADD, ANERT_SCATTER_SUB, ANERT_SCATTER_MUL, ANERT_SCATTER_DIV, ANERT_SCATTER_MAX,
+    ANERT_SCATTER_MIN
+};
+typedef struct {
+    int32_t kind, reduced;
+    int64_t dims[6];
+    int64_t args[8];
+    int32_t first_view, n_views, first_instr, n_instrs;
+    float alpha, beta;
+    int32_t precision;
+} anert_step;
+typedef struct {
+    const anert_buffer *buffers;
+    const anert_view *views;
+    const anert_instr *instrs;
+    const anert_step *steps;
+    int32_t n_buffers, n_views, n_instrs, n_steps, n_counters;
+} anert_plan_def;
+typedef struct anert_plan anert_plan;
+/* Copies def and checks it: EINVAL names the step. */
+anert_status anert_plan_new(const anert_plan_def *def, anert_plan **out, anert_error *err);
+void anert_plan_free(anert_plan *plan); /* NULL is fine */
+/* Runs all steps. bases[i] is the address of buffer i; bases[0] is ignored, the arena is given apart. Nothing is allocated
+ * beyond the pool's scratch, which grows once. Re-entrant for different bases and arenas. */
+anert_status anert_plan_run(const anert_plan *plan, anert_pool *pool, void *const *bases, int32_t n_bases, void *arena,
+                            anert_error *err);
+/* How many values counter i saw overflow fp16 since the plan was made; reset sets it to 0. */
+uint64_t anert_plan_counter(anert_plan *plan, int32_t i, int32_t reset);
 #endif

@@ -67,6 +67,7 @@ class Stories(Decoder):
             "w3": Spec.normal(cfg.hidden_dim, cfg.dim),
         }
 
+
 # ---- The corpus: children's stories from a grammar. A line is a sentence of the story; ` / `, also at the start of a
 # line, is another way to say it; {slot} is filled in, [a|b] is a choice. A is the hero, B the friend. They, the thing
 # and the places stay the same through a story.

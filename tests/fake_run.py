@@ -10,7 +10,7 @@ from anert import events as ev
 
 STORY = (
     "Once upon a time, there was a little fox named Pip. Pip liked to play near the river with his friend, a small "
-    "green frog. One day the frog found a shiny stone under the bridge. \"Look!\" said the frog. \"It is warm.\" "
+    'green frog. One day the frog found a shiny stone under the bridge. "Look!" said the frog. "It is warm." '
     "Pip wanted to take it home, but his mother said that it belonged to the old turtle, so they gave it back."
 )
 
@@ -22,7 +22,8 @@ def started(steps: int = 1000, **changes: object) -> ev.RunStarted:
         config={"dim": 128, "hidden_dim": 352, "n_layers": 4, "n_heads": 4, "n_kv_heads": 4, "vocab_size": 1024,
                 "seq_len": 256, "norm_eps": 1e-5, "rope_theta": 10000.0},
         layout="ports", kernels=6, compiles=6, compile_budget=1000, compile_ms=212.0, dataset="tales",
-        train_tokens=1_204_221, val_tokens=63_380, tokenizer="bpe 1024", tokens_per_step=2048, steps=steps, first_step=0,
+        train_tokens=1_204_221, val_tokens=63_380, tokenizer="bpe 1024", tokens_per_step=2048,
+        steps=steps, first_step=0,
         time_budget_s=90.0, out_dir="runs/stories-tiny-1", memory_bytes=61_000_000, peak_gflops=212.0, options={},
     )  # fmt: skip
     return ev.RunStarted(**{**values, **changes})  # type: ignore[arg-type]
@@ -51,9 +52,9 @@ def step(n: int, steps: int = 1000, seed: int = 0, **changes: object) -> ev.Step
 def run(steps: int = 1000, upto: int | None = None, reason: str = "steps") -> Iterator[ev.Event]:
     """All events of a run, or those up to a step without the end."""
     yield ev.Notice("info", "backend auto: cpu (avx512), 2 threads of 2 granted")
-    for i in range(0, 11):
+    for i in range(11):
         yield ev.Progress("writing the corpus", i * 0.5e6, 5e6, "B")
-    for i in range(0, 11):
+    for i in range(11):
         yield ev.Progress("training the tokenizer", i * 100, 1000, "merges")
     yield started(steps)
     last = steps if upto is None else upto

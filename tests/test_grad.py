@@ -32,8 +32,19 @@ def ffn(c, x, w, pos):
 def shapes(c, block):
     kv = c.dim // c.n_heads * c.n_kv_heads
     if block is attention:
-        return {"attn_norm": (c.dim, 1), "wq": (c.dim, c.dim), "wk": (kv, c.dim), "wv": (kv, c.dim), "wo": (c.dim, c.dim)}
-    return {"ffn_norm": (c.dim, 1), "w1": (c.hidden_dim, c.dim), "w2": (c.dim, c.hidden_dim), "w3": (c.hidden_dim, c.dim)}
+        return {
+            "attn_norm": (c.dim, 1),
+            "wq": (c.dim, c.dim),
+            "wk": (kv, c.dim),
+            "wv": (kv, c.dim),
+            "wo": (c.dim, c.dim),
+        }
+    return {
+        "ffn_norm": (c.dim, 1),
+        "w1": (c.hidden_dim, c.dim),
+        "w2": (c.dim, c.hidden_dim),
+        "w3": (c.hidden_dim, c.dim),
+    }
 
 
 def trace(block, c, seq_len, batch):
@@ -158,7 +169,11 @@ def test_transposed_bias_and_elementwise_parameters():
     y = (ops.matmul(w, x, transpose_x=True) + b) * s
     fn.claim("y", y)
     gradient = differentiate(fn.returns(y), ["x"], ["w", "b", "s"])
-    assert {(r.param, r.kind, r.swap) for r in gradient.recipes} == {("w", "gemm", True), ("b", "rowsum", False), ("s", "add", False)}
+    assert {(r.param, r.kind, r.swap) for r in gradient.recipes} == {
+        ("w", "gemm", True),
+        ("b", "rowsum", False),
+        ("s", "add", False),
+    }
     inputs = random_inputs(fn)
     dout = np.random.default_rng(3).standard_normal((3, 6))
     _, dx, grads = run(gradient, inputs, dout)

@@ -12,12 +12,17 @@ from anert.backend.reference import evaluate
 from anert.capabilities import ANE, CPU
 from anert.errors import ShapeError, Unpackable
 from anert.kernel import build
-from anert.mil.graph import Function
 from anert.mil.grad import differentiate
+from anert.mil.graph import Function
 from anert.mil.parser import parse
 from anert.stages import Stage, roles, split
 
-CASES = [(attention, {}, 12, 1), (attention, {"n_kv_heads": 2}, 6, 2), (ffn, {}, 12, 1), (ffn, {"hidden_dim": 36}, 6, 2)]
+CASES = [
+    (attention, {}, 12, 1),
+    (attention, {"n_kv_heads": 2}, 6, 2),
+    (ffn, {}, 12, 1),
+    (ffn, {"hidden_dim": 36}, 6, 2),
+]
 
 
 def functions(block, over, seq_len, batch):
@@ -36,7 +41,9 @@ def run_staged(function, params, inputs, layout, caps):
         ports = {v.name: np.zeros(v.type.size) for v in main.inputs}
         for name, slot in kernel.inputs.items():
             r, c, b = np.ogrid[: slot.rows, : slot.cols, : slot.broadcast]
-            ports[slot.port][slot.offset + r * slot.row_stride + c * slot.col_stride + b] = have[name].reshape(slot.rows, slot.cols, 1)
+            ports[slot.port][slot.offset + r * slot.row_stride + c * slot.col_stride + b] = have[name].reshape(
+                slot.rows, slot.cols, 1
+            )
         out = evaluate(main, {v.name: ports[v.name].reshape(v.shape) for v in main.inputs}, precision="float64")
         for name, slot in kernel.outputs.items():
             flat = out[slot.port].reshape(-1)

@@ -52,4 +52,6 @@ class TorchStories:
 
     def loss(self, tokens: np.ndarray, targets: np.ndarray) -> torch.Tensor:
         logits = self.logits(tokens)
-        return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), torch.as_tensor(targets, dtype=torch.long).reshape(-1))
+        return F.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), torch.as_tensor(targets, dtype=torch.long).reshape(-1)
+        )

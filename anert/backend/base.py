@@ -1,8 +1,9 @@
-"""What a backend is: MIL text in, Program out; surfaces bound to its ports, run. The cache and the budget of compiles live here.
+"""What a backend is: MIL text in, Program out; surfaces bound to its ports, run. The cache and the budget of compiles
+live here.
 
-    program = backend.compile(text)                        # counted, cached by content
-    binding = program.bind({"i00_x": sx, "o00_y": sy})     # once per set of surfaces
-    binding.run()                                          # once per use: nothing allocated, no GIL held
+program = backend.compile(text)                        # counted, cached by content
+binding = program.bind({"i00_x": sx, "o00_y": sy})     # once per set of surfaces
+binding.run()                                          # once per use: nothing allocated, no GIL held
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Port:
 
 @dataclass(slots=True)
 class ProgramStats:
-    """What a compiled program is made of. FLOPs count multiply-adds as 2; `executed` leaves out skipped causal tiles."""
+    """What a compiled program is made of. FLOPs count multiply-adds as 2; `executed` leaves out skipped causal
+    tiles."""
 
     flops_written: int = 0
     flops_executed: int = 0
@@ -70,9 +72,7 @@ class Program(abc.ABC):
             if name not in surfaces:
                 raise ShapeError(f"port {name!r} has no surface")
             if surfaces[name].nbytes < port.nbytes:
-                raise ShapeError(
-                    f"port {name!r} needs {port.nbytes} bytes, its surface has {surfaces[name].nbytes}"
-                )
+                raise ShapeError(f"port {name!r} needs {port.nbytes} bytes, its surface has {surfaces[name].nbytes}")
         return self._bind(surfaces)
 
     @abc.abstractmethod

@@ -1,8 +1,7 @@
 """Weight-blob files (MIL blob storage version 2), both ways. Format: coremltools MILBlob, little endian.
 
-    0   u32 count | u32 version = 2 | zeros to 64
-    per blob, 64-aligned:  u32 0xDEADBEEF | u32 dtype | u64 bytes | u64 data offset | u64 padding bits | zeros to 64 | data
-    MIL's `offset` is the metadata's offset in the file, not the data's.
+File: u32 count, u32 version = 2, zeros to 64. Per blob, 64-aligned: u32 0xDEADBEEF, u32 dtype, u64 bytes, u64 offset of
+the data, u64 bits of padding, zeros to 64, then the data. MIL's `offset` is the metadata's in the file, not the data's.
 """
 
 from __future__ import annotations
@@ -67,13 +66,13 @@ class BlobWriter:
         """Where the printer puts the constant `name`: (path, offset)."""
         return self.path, self.add(array)
 
-    def bytes(self) -> bytes:
-        """The file; its tail is not padded, as Apple's writer leaves it."""
-        return _FILE.pack(self._count, 2) + b"".join(self._parts[:-1])
-
     def files(self) -> dict[str, bytes]:
         """path -> contents, as `parse` and the backends take weights."""
         return {self.path: self.bytes()} if self._count else {}
+
+    def bytes(self) -> bytes:
+        """The file; its tail is not padded, as Apple's writer leaves it."""
+        return _FILE.pack(self._count, 2) + b"".join(self._parts[:-1])
 
 
 class BlobDirectory:
@@ -106,9 +105,7 @@ def read_blob(
     _check_file(data, source)
     where = f"{source}, blob at offset {offset}"
     if offset < _FILE.size or offset % READ_ALIGNMENT or offset + _BLOB.size > total:
-        raise InputError(
-            f"{where}: metadata lies at a multiple of 16 from 64 to {total - _BLOB.size} (MIL's offset is the metadata's)"
-        )
+        raise InputError(f"{where}: expected metadata at a multiple of 16 from 64 to {total - _BLOB.size}")
     sentinel, code, size, start, padding = _BLOB.unpack_from(data, offset)
     if sentinel != SENTINEL:
         raise InputError(f"{where}: expected the mark 0xDEADBEEF, found 0x{sentinel:08X}")

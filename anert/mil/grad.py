@@ -1,9 +1,10 @@
 """Reverse-mode differentiation of a Function: forward with taps, backward for activations, gradient recipes.
 
-`differentiate` clones the forward into one joint graph, appends the backward by each op's gradient rule, and cuts the joint graph in two:
-what the backward needs of the forward is either *saved* (an extra output of the forward, a tap) or *recomputed* (cloned
-into the backward). Gradients of parameters stay out of MIL wherever a native pass can form them from a tap and a cotangent: a Recipe.
-Names: `tap_<value>`, `cot_<value>`. (Griewank & Walther 2008, ch. 3 and 12; the cut follows the min-memory rule below.)
+`differentiate` clones the forward into one joint graph, appends the backward by each op's gradient rule, and cuts the
+joint graph in two: what the backward needs of the forward is either *saved* (an extra output of the forward, a tap) or
+*recomputed* (cloned into the backward). Gradients of parameters stay out of MIL wherever a native pass can form them
+from a tap and a cotangent: a Recipe. Names: `tap_<value>`, `cot_<value>`. (Griewank & Walther 2008, ch. 3 and 12; the
+cut follows the min-memory rule below.)
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from anert.mil.ops.table import lookup
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a native pass forms a Param's gradient, fp16 in, fp32 added to; `tap` and `cot` name values of the backward's ports.
+    """How a native pass forms a Param's gradient, fp16 in, fp32 added to; `tap` and `cot` name values of the backward's
+    ports.
 
     kind `gemm`: dw (O, I) += cot (O, N) tap (I, N)^T, or the roles swapped when `swap` (w was read transposed).
     kind `rowsum`: dw (C, 1) += sum over N of tap (C, N) * cot (C, N); no tap: of cot alone.
@@ -35,8 +37,9 @@ class Recipe:
 
 @dataclass(slots=True)
 class Gradient:
-    """`forward`: inputs as given; outputs the originals, then the taps. `backward`: inputs are any of the forward's inputs,
-    taps and `cot_<output>`; outputs are `cot_<input>` for each differentiated activation, then recipe operands."""
+    """`forward`: inputs as given; outputs the originals, then the taps. `backward`: inputs are any of the forward's
+    inputs, taps and `cot_<output>`; outputs are `cot_<input>` for each differentiated activation, then recipe
+    operands."""
 
     forward: Function
     backward: Function
@@ -91,7 +94,12 @@ class _Joint:
             for name, other in (("x", "y"), ("y", "x")):
                 w, h = op.inputs[name], op.inputs[other]
                 assert isinstance(w, Value) and isinstance(h, Value)
-                if w in self.params and h not in self.params and w.shape == (dout.shape[0], 1) and h.shape == dout.shape:
+                if (
+                    w in self.params
+                    and h not in self.params
+                    and w.shape == (dout.shape[0], 1)
+                    and h.shape == dout.shape
+                ):
                     self.recipes.append((w, "rowsum", dout, h if op.kind == "mul" else None, False))
                     done.add(name)
         return done
@@ -103,11 +111,18 @@ class _Joint:
             if all(d is None for d in douts) or not any(v in active for v in op.operands()):
                 continue
             done = self.recipe(op, douts[0]) if len(douts) == 1 and douts[0] is not None else set()
-            if all(v not in active for k, x in op.inputs.items() if k not in done for v in (x if isinstance(x, tuple) else (x,))):
+            if all(
+                v not in active
+                for k, x in op.inputs.items()
+                if k not in done
+                for v in (x if isinstance(x, tuple) else (x,))
+            ):
                 continue
             rule = lookup(op.kind).grad
             if rule is None:
-                raise UnsupportedError(f"{op.kind} ({op.out.name}) has no gradient rule and stands between the loss and an input")
+                raise UnsupportedError(
+                    f"{op.kind} ({op.out.name}) has no gradient rule and stands between the loss and an input"
+                )
             for name, g in rule(op, douts).items():
                 operand = op.inputs.get(name)
                 if name in done or g is None or operand is None:
@@ -134,7 +149,8 @@ def worth_saving(op: Op, params: set[Value]) -> bool:
     """Whether an op's result is kept for the backward rather than computed again, if it can be had as (C, T).
 
     Elementwise ops, reductions and views are cheap and fuse. A contraction with a weight is always kept. One between
-    activations is kept unless its result is larger than its operands together. Attention scores, (T, T) a head, are not (C, T).
+    activations is kept unless its result is larger than its operands together. Attention scores, (T, T) a head, are not
+    (C, T).
     """
     if lookup(op.kind).category != "contract":
         return False

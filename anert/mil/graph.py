@@ -200,8 +200,8 @@ class Function:
         for v in op.operands():
             if v.function is not self:
                 raise ShapeError(f"{kind}: operand {v.name!r} belongs to another function")
-        hints = [name or kind] * len(types) if isinstance(name, str | None) or len(name) != len(types) else name
-        op.outputs = [Value(t, self.fresh(hint), op, self) for t, hint in zip(types, hints, strict=True)]
+        hints = [name or kind] * len(types) if isinstance(name, str | None) else [*name, *[kind] * len(types)]
+        op.outputs = [Value(t, self.fresh(hint), op, self) for t, hint in zip(types, hints, strict=False)]
         self.ops.append(op)
         return op.outputs
 

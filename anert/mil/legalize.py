@@ -1,8 +1,8 @@
 """Rank four: every tensor of a Function as the Neural Engine likes it, [1, C, 1, T], with attributes to match.
 
 (C, T) becomes [1, C, 1, T]; (A, B, C) becomes [1, A, B, C]; (C,) becomes [1, C, 1, 1]; scalars and rank 4 and 5 stay.
-Elementwise ops, reductions, softmax, concat and transposes are carried over axis by axis; whatever else meets reshapes on
-both sides, so that the meaning of an op never depends on this table.
+Elementwise ops, reductions, softmax, concat and transposes are carried over axis by axis; whatever else meets reshapes
+on both sides, so that the meaning of an op never depends on this table.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Literals of MIL text, both ways: arrays and Python constants <-> `[0x1p-3, -inf]`, `true`, `"same"`.
 
-Floats are printed as Apple prints them: shortest C99 hex form, lower case, normalised (`0x1p-24`, never `0x0.0004p-10`).
+Floats are printed as Apple prints them: shortest C99 hex form, lower case, normalised (`0x1p-24` for a half's least).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def to_array(literal: Literal, dtype: str, shape: tuple[int, ...]) -> np.ndarray
         return np.empty(shape, DTYPES[dtype])
     if not shape:
         if raw.startswith(("[", '"')) or not raw:
-            raise ValueError(f"a {dtype}")
+            raise ValueError("one number")
         return _convert([raw], dtype).reshape(())
     if not raw.startswith("["):
         raise ValueError(f"{size} numbers in brackets")

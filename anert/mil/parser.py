@@ -18,8 +18,18 @@ from anert.mil.blob import read_blob, storable
 from anert.mil.graph import DTYPES, Function, Module, Operand, TensorType, Value
 from anert.mil.ops.table import Arg, OpDef, emit, lookup
 from anert.mil.syntax import (
-    ArgSyntax, Blob, Compound, Formal, FunctionSyntax, Program, Statement, Typed, TypeSyntax, parse_syntax, unquote,
-)  # fmt: skip
+    ArgSyntax,
+    Blob,
+    Compound,
+    Formal,
+    FunctionSyntax,
+    Program,
+    Statement,
+    Typed,
+    TypeSyntax,
+    parse_syntax,
+    unquote,
+)
 
 MAX_RANK = 32
 _OPSET = re.compile(r"ios1[3-8]")
@@ -29,8 +39,8 @@ def parse(text: str, source: str = "<mil>", blobs: Mapping[str, bytes] | None = 
     """The Module that a MIL text spells; `blobs` maps BLOBFILE paths, as written, to the files' contents.
 
     Raises MILSyntaxError (grammar, unknown or repeated names), ShapeError (an op's arguments, or declared types that
-    differ from inferred ones), UnsupportedError (an op outside the table, state, flexible shapes) and InputError (weights),
-    all with source:line:column.
+    differ from inferred ones), UnsupportedError (an op outside the table, state, flexible shapes) and InputError
+    (weights), all with source:line:column.
     """
     tree = parse_syntax(text, source)
     module = Module(build_info=_build_info(tree.attrs.get("buildInfo")))
@@ -141,7 +151,9 @@ class _Builder:
             raise self.syntax_error("expected `type name = const()[val = type(literal)]`", statement.token)
         formal = statement.outputs[0]
         if formal.type != typed.type and self.tensor_or_string(formal.type) != self.tensor_or_string(typed.type):
-            raise self.at(ShapeError(f"{formal.name} is declared {formal.type}, its value is {typed.type}"), formal.token)
+            raise self.at(
+                ShapeError(f"{formal.name} is declared {formal.type}, its value is {typed.type}"), formal.token
+            )
         known = self.consts.get(formal.name)
         if known is None:
             self.consts[formal.name] = _Const(typed, statement)
@@ -158,7 +170,7 @@ class _Builder:
         formal = statement.outputs[0]
         self.define(formal)
         const = self.consts[formal.name]
-        if const.used_as_attr and not const.used_as_data or const.typed.type.dtype == "string":
+        if (const.used_as_attr and not const.used_as_data) or const.typed.type.dtype == "string":
             return
         value = self.data_const(const.typed, formal.name)
         self.values[formal.name] = value
@@ -236,14 +248,14 @@ class _Builder:
         kind, args = statement.kind, self.rows[statement.kind]
         inputs: dict[str, Operand | None] = {}
         attrs: dict[str, Any] = {}
-        given: dict[str, ArgSyntax] = dict(statement.args)
-        for name, typed in statement.attrs.items():  # the old constexpr ops carry their operands here
-            if name != "name":
-                given[name] = typed
+        given: dict[str, ArgSyntax] = {**statement.attrs, **statement.args}  # old constexpr ops have operands in both
+        given.pop("name", None)
         for name, syntax in given.items():
             arg = args.get(name)
             if arg is None:
-                raise self.at(ShapeError(f"{kind} has no argument {name!r}: it takes {', '.join(args)}"), statement.token)
+                raise self.at(
+                    ShapeError(f"{kind} has no argument {name!r}: it takes {', '.join(args)}"), statement.token
+                )
             if arg.kind == "attr":
                 attrs[name] = self.attribute(syntax, name, statement)
             else:
@@ -254,7 +266,7 @@ class _Builder:
         for formal in outputs:
             self.define(formal)
         try:
-            results = emit(kind, inputs, attrs, [f.name for f in outputs], self.function)  # type: ignore[arg-type]
+            results = emit(kind, inputs, attrs, [f.name for f in outputs], self.function)
         except (ShapeError, UnsupportedError) as error:
             raise self.at(error, statement.token) from None
         self.check_results(statement, results)

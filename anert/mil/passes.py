@@ -6,7 +6,7 @@ anywhere before a kernel takes its wire form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from anert.mil.graph import DTYPES, Function, Op, Operand, TensorType, Value
 from anert.mil.ops.table import emit, lookup, types_of
 from anert.mil.syntax import RESERVED
 
-RISKY_NAMES = frozenset("var diff mean std eps x y mul add rsqrt c C".split())
+RISKY_NAMES = frozenset(("var", "diff", "mean", "std", "eps", "x", "y", "mul", "add", "rsqrt", "c", "C"))
 """Value names for which one project reports silent zeros or failed compiles on an M1 (ane_facts 3.1)."""
 
 FOLD_LIMIT = 1 << 20
@@ -69,12 +69,13 @@ def fold_constants(function: Function, max_elements: int = FOLD_LIMIT, exact: bo
     `exact` leaves an op alone if its result would be rounded by becoming a constant of its own type: an interior value
     of a program is not rounded in precision fp32. Outputs of the function stay computed."""
     copy, mapping = _signature(function)
+    outputs = set(function.outputs)
     for op in function.ops:
         operands = [mapping[v] for v in op.operands()]
+        small = all(v.type.size <= max_elements for v in (*operands, *op.outputs))
         results = None
-        if op.kind != "const" and all(v.is_const for v in operands) and not set(op.outputs) & set(function.outputs):
-            if all(v.type.size <= max_elements for v in (*operands, *op.outputs)):
-                results = _evaluate(op, mapping, exact)
+        if op.kind != "const" and small and all(v.is_const for v in operands) and outputs.isdisjoint(op.outputs):
+            results = _evaluate(op, mapping, exact)
         if results is None:
             clone_ops([op], mapping, copy)
             continue
@@ -93,15 +94,14 @@ def _evaluate(op: Op, mapping: Mapping, exact: bool) -> list[np.ndarray] | None:
 
     inputs = {k: tuple(map(array, v)) if isinstance(v, tuple) else array(v) for k, v in op.inputs.items()}
     try:
-        with np.errstate(all="ignore"):
-            results = lookup(op.kind).numpy(inputs, op.attrs)
+        results = lookup(op.kind).evaluate(inputs, op.attrs)
     except AnertError:
         return None  # such as an index out of range: an error of the run, not of the program
     arrays = []
-    for old, result in zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True):
+    for old, computed in zip(op.outputs, results, strict=True):
         with np.errstate(all="ignore"):
-            folded = np.asarray(result).astype(DTYPES[old.dtype])
-        if exact and not np.array_equal(folded.astype(np.asarray(result).dtype), result, equal_nan=folded.dtype.kind == "f"):
+            folded = computed.astype(DTYPES[old.dtype])
+        if exact and not np.array_equal(folded.astype(computed.dtype), computed, equal_nan=folded.dtype.kind == "f"):
             return None
         arrays.append(folded)
     return arrays
@@ -148,9 +148,7 @@ def _composite(op: Op, backend: str) -> bool:
     return row.category == "composite" and backend not in row.native
 
 
-def rename(
-    function: Function, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None
-) -> Function:
+def rename(function: Function, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None) -> Function:
     """With canonical names: inputs and outputs as given (None: as they are), every other value `v012_<kind>`.
 
     Raises InputError for a name that MIL text cannot spell, a repeated one, or a wrong number of them."""
@@ -189,7 +187,8 @@ def _names(what: str, names: Sequence[str] | None, values: Sequence[Value]) -> S
 
 def pad_contractions(function: Function, multiple: int = 32) -> Function:
     """Every matmul whose contraction is no multiple of `multiple` gets zeros appended to both operands (a concat with a
-    constant; constants are padded themselves). Results are equal exactly: the added products are zeros. Decompose first."""
+    constant; constants are padded themselves). Results are equal exactly: the added products are zeros. Run it after
+    `decompose`, which may bring matmuls in."""
     copy, mapping = _signature(function)
     padded: dict[tuple[Value, int], Value] = {}
     zeros: dict[TensorType, Value] = {}
@@ -264,6 +263,3 @@ def _key(attr: Any) -> Any:
     if isinstance(attr, tuple):
         return tuple(_key(v) for v in attr)
     return (type(attr).__name__, attr.hex() if isinstance(attr, float) else attr)
-
-
-Pass = Callable[[Function], Function]

@@ -9,28 +9,28 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass, field
-from typing import NoReturn, NamedTuple
+from typing import NamedTuple, NoReturn
 
 from anert.errors import InputError, MILSyntaxError, UnsupportedError
 
 MAX_DEPTH = 32
 """Deepest nesting of types and of literals; printed programs need 6."""
 
-SCALARS = frozenset(
-    "fp16 fp32 fp64 bf16 int4 int8 int16 int32 int64 uint1 uint2 uint3 uint4 uint6 uint8 uint16 uint32 uint64 "
-    "bool string fp8e4m3fn fp8e5m2".split()
-)
-CONTAINERS = frozenset("tensor list tuple dict state tensor_buffer".split())
-RESERVED = SCALARS | CONTAINERS | frozenset("any program func true false".split())
+SCALARS = frozenset((
+    "fp16", "fp32", "fp64", "bf16", "fp8e4m3fn", "fp8e5m2", "bool", "string", "int4", "int8", "int16", "int32", "int64",
+    "uint1", "uint2", "uint3", "uint4", "uint6", "uint8", "uint16", "uint32", "uint64",
+))  # fmt: skip
+CONTAINERS = frozenset(("tensor", "list", "tuple", "dict", "state", "tensor_buffer"))
+RESERVED = SCALARS | CONTAINERS | {"any", "program", "func", "true", "false"}
 """Words that no value may be named by (coremltools renames the same ones)."""
 
 _PATTERN = r"""
-      tensor\s*+<\s*+\w++\s*+,\s*+\[[\d\s,?]*+\]\s*+>                             # a tensor type is one token, and so is
+      tensor\s*+<\s*+\w++\s*+,\s*+\[[\d\s,?]*+\]\s*+>                     # one token each: a tensor type,
     | [A-Za-z_]\w*+
     | [(){},;=<>?]
     | "(?:[^"\\\n]++|\\.)*+"
-    | \[\s*+name\s*+=\s*+(?:string|tensor<string,\ ?\[\]>)\(\s*+"(?:[^"\\\n]++|\\.)*+"\s*+\)\s*+\]
-    | \[[\[\s]{0,40}+[-+.\da-zA-Z,?\s]*+\]                                      # the numbers of a literal
+    | \[\s*+name\s*+=\s*+(?:string|tensor<string,\ ?\[\]>)\(\s*+"(?:[^"\\\n]++|\\.)*+"\s*+\)\s*+\]  # a name attribute,
+    | \[[\[\s]{0,40}+[-+.\da-zA-Z,?\s]*+\]                              # the numbers of a literal, nested or not
         (?:[\s\]]*+,\s*+\[[\[\s]*+[-+.\da-zA-Z,?\s]*+\])*+(?:\s*+\])*+
     | [\[\]]
     | ->
@@ -46,7 +46,7 @@ _ESCAPES = {"\\": "\\", '"': '"', "n": "\n", "t": "\t", "r": "\r"}
 
 
 class TypeSyntax(NamedTuple):
-    """A type as written. `kind` is `scalar` or a container word; `dims` holds None for `?`; list lengths are dims too."""
+    """A type as written. `kind` is `scalar` or a container word; `dims` has None for `?`, and a list's length."""
 
     kind: str
     dtype: str = ""
@@ -81,7 +81,8 @@ Literal = str | Compound | Blob
 """A scalar or a list of plain numbers is its token (strings with their quotes); unquote() and the parser convert."""
 
 
-class Typed(NamedTuple):
+@dataclass(slots=True)
+class Typed:
     """`type(literal)`; an empty literal is ''."""
 
     type: TypeSyntax
@@ -355,7 +356,7 @@ class _Parser:
             self.i = i + 2
             if value == "(":
                 self.i += 1
-                args[name] = self.tuple()
+                args[name] = self.values()
             else:
                 args[name] = self.argument()
             i = self.i
@@ -375,7 +376,7 @@ class _Parser:
             return self.typed()
         self.fail("the name of a value or a typed literal such as int32(1)")
 
-    def tuple(self) -> tuple[str | Typed, ...]:
+    def values(self) -> tuple[str | Typed, ...]:
         values = []
         if self.tokens[self.i] == ")":
             self.i += 1
@@ -397,7 +398,7 @@ class _Parser:
                 name = token[token.index('"') : token.rindex('"') + 1]
                 return {"name": Typed(self.types["string"], name, self.i - 1)}
             if token.strip("[] \t\r\n") or token.count("[") != 1 or token.count("]") != 1:
-                self.fail("attributes such as [name = string(\"x\")]")
+                self.fail('attributes such as [name = string("x")]')
             self.i += 1
             return {}
         self.i += 1
@@ -461,7 +462,7 @@ class _Parser:
         if first == "[" and "=" not in token:
             if token.count("[") != token.count("]"):
                 self.fail("a literal with as many '[' as ']'")
-        elif not (first == '"' or first.isdigit() or first in ("-", "+", ".") and token != "->" or token in _WORDS):
+        elif not (first == '"' or first.isdigit() or (first in ("-", "+", ".") and token != "->") or token in _WORDS):
             self.fail("a literal")
         self.i += 1
         return token

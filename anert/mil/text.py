@@ -1,6 +1,6 @@
 """Functions and Modules as canonical MIL text, in the dialect that their opset asks for; `parse` is the way back.
 
-ios18 is printed as program(1.3), scalars as `int32(1)`; older opsets as program(1.0), scalars as `tensor<int32, []>(1)`.
+ios18 is printed as program(1.3), scalars as `int32(1)`; older ones as program(1.0), scalars as `tensor<int32, []>(1)`.
 Layout, order of arguments and numbers are those of Apple's coremlc: parse(print_module(f)).main == f.
 """
 
@@ -27,7 +27,7 @@ BUILD_INFO: Mapping[str, str] = {
     "coremltools-component-milinternal": "",
     "coremltools-version": "9.0",
 }
-"""Printed where a Module has no buildInfo of its own: the engine asks for the entry, not for its values (ane_facts 3.1)."""
+"""Printed where a Module has no buildInfo of its own: the engine wants the entry, whatever it says (ane_facts 3.1)."""
 
 BLOB_THRESHOLD = 10
 """Constants of this many elements go to the weight file when there is one, as coremltools does it."""
@@ -39,9 +39,7 @@ class Weights(Protocol):
     def place(self, name: str, array: np.ndarray) -> tuple[str, int]: ...
 
 
-def print_module(
-    module: Module | Function, blobs: Weights | None = None, blob_threshold: int = BLOB_THRESHOLD
-) -> str:
+def print_module(module: Module | Function, blobs: Weights | None = None, blob_threshold: int = BLOB_THRESHOLD) -> str:
     """A whole program as MIL text. With `blobs`, constants of `blob_threshold` elements or more are placed there.
 
     Raises InputError for names that MIL cannot spell and for functions without outputs."""
@@ -117,7 +115,9 @@ class _Printer:
         if value is None or self.function.opset >= arg.since:
             return value is not None
         if value != arg.default:
-            message = f"{kind}: argument {arg.name!r} = {value!r} needs {arg.since}, the function is {self.function.opset}"
+            message = (
+                f"{kind}: argument {arg.name!r} = {value!r} needs {arg.since}, the function is {self.function.opset}"
+            )
             raise UnsupportedError(message)
         return False
 

@@ -1,0 +1,189 @@
+"""The CPU engine: MIL text -> Function -> plan, run by one C call on the surfaces of a Binding.
+
+    backend = CpuBackend(Pool(), precision="fp32")
+    program = backend.compile(text)
+    binding = program.bind({"x": sx, "y": sy})
+    binding.run()
+
+Precision belongs to the graph: `fp32` rounds at ports alone, `bf16` rounds the operands of contractions as well, `fp16`
+rounds every op's result to fp16 and counts what overflows (`program.overflows()`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from anert.backend.base import Backend, Binding, Port, Program, ProgramStats
+from anert.backend.emit import Emitted, Emitter
+from anert.backend.fuse import Fuser, prune, retarget
+from anert.backend.lower import Lowering, OpLowering
+from anert.capabilities import CPU, Capabilities
+from anert.errors import CompileError, InputError, StateError
+from anert.ffi import Pool, call, error, load
+from anert.mil.graph import Function
+from anert.surface import Heap, Surface
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def lowerings() -> dict[str, OpLowering]:
+    """Every op that the engine runs."""
+    from anert.backend import lower_contract, lower_moves, lower_ops
+
+    return {**lower_ops.TABLE, **lower_moves.TABLE, **lower_contract.TABLE}
+
+
+class RunSlot:
+    """The arena that programs of one backend run in, one at a time; it grows to the largest."""
+
+    def __init__(self, heap: Heap) -> None:
+        self.heap = heap
+        self.lock = threading.Lock()
+        self.surface: Surface | None = None
+        self.base: Any = load().ffi.NULL
+
+    def reserve(self, nbytes: int) -> None:
+        """Make the arena at least `nbytes`; waits for a run in flight."""
+        if nbytes == 0:
+            return
+        with self.lock:
+            if self.surface is None or self.surface.nbytes < nbytes:
+                self.surface = Surface(self.heap, nbytes)
+                self.base = self.surface.ptr
+
+
+class CpuBinding(Binding):
+    """A CpuProgram on its surfaces. One run in flight: a second raises StateError."""
+
+    __slots__ = ("_args", "_busy", "_err", "_lib", "_outputs", "_slot", "_keep")
+
+    def __init__(self, program: CpuProgram, surfaces: Mapping[str, Surface]) -> None:
+        native = load()
+        self._lib = native.lib
+        self._slot = program.slot
+        self._busy = threading.Lock()
+        bases = native.ffi.new("void *[]", len(program.emitted.buffers))
+        for i, root in enumerate(program.emitted.buffers):
+            if root is None:
+                continue
+            bases[i] = program.constants[root] if root.place == "const" else surfaces[root.name].ptr
+        self._args = (program.emitted.plan, program.pool.ptr, bases, len(bases))
+        self._err = error()
+        self._outputs = tuple(surfaces[p.name].handle for p in program.outputs)
+        self._keep = (program, dict(surfaces))
+
+    def run(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            raise StateError("this Binding is already running: bind the program a second time to run it twice at once")
+        try:
+            slot = self._slot
+            with slot.lock:
+                if self._lib.anert_plan_run(*self._args, slot.base, self._err):
+                    call(lambda err: err.status, err=self._err)
+            for handle in self._outputs:
+                self._lib.anert_surface_touch(handle)
+        finally:
+            self._busy.release()
+
+
+class CpuProgram(Program):
+    """A Function as a plan. `emitted.patterns` and `stats` say what was fused."""
+
+    def __init__(self, function: Function, emitted: Emitted, counters: Sequence[str], pool: Pool, slot: RunSlot) -> None:
+        self.inputs = tuple(Port(v.name, v.type) for v in function.inputs)
+        self.outputs = tuple(Port(v.name, v.type) for v in function.outputs)
+        self.emitted, self.pool, self.slot = emitted, pool, slot
+        self.counters = tuple(counters)
+        ffi = load().ffi
+        self.constants = {r: ffi.from_buffer(r.data) for r in emitted.buffers if r is not None and r.data is not None}
+        self.stats = ProgramStats(
+            flops_written=written_flops(function),
+            flops_executed=written_flops(function),
+            bytes_in=sum(p.nbytes for p in self.inputs),
+            bytes_out=sum(p.nbytes for p in self.outputs),
+            steps=emitted.steps,
+            arena_bytes=emitted.arena_bytes,
+            patterns=dict(emitted.patterns),
+        )
+        slot.reserve(emitted.arena_bytes)
+
+    def _bind(self, surfaces: Mapping[str, Surface]) -> Binding:
+        return CpuBinding(self, surfaces)
+
+    def overflows(self, reset: bool = False) -> dict[str, int]:
+        """In precision fp16: how many values each op rounded to inf since the program was made, by the op's value name."""
+        counter = load().lib.anert_plan_counter
+        found = {name: int(counter(self.emitted.plan, i, int(reset))) for i, name in enumerate(self.counters)}
+        return {name: n for name, n in found.items() if n}
+
+
+def written_flops(function: Function) -> int:
+    """FLOPs of the function as it is written, multiply-adds as 2."""
+    from anert.mil.ops.table import lookup, types_of
+
+    total = 0
+    for op in function.ops:
+        row = lookup(op.kind)
+        if row.flops is not None:
+            total += row.flops(types_of(op.inputs), op.attrs, [v.type for v in op.outputs])
+    return total
+
+
+class CpuBackend(Backend):
+    """Runs MIL on this machine's cores.
+
+    pool: the threads and instruction set. precision: `fp32`, `bf16` or `fp16`. heap: where surfaces and the arena come from.
+    fuse=False makes every elementwise op a step of its own, for tests: the results are the same bits.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        pool: Pool | None = None,
+        precision: str = "fp32",
+        heap: Heap | None = None,
+        capabilities: Capabilities = CPU,
+        budget: int | None = None,
+        fuse: bool = True,
+    ) -> None:
+        if precision not in PRECISIONS:
+            raise InputError(f"no precision is called {precision!r}: {', '.join(PRECISIONS)}")
+        super().__init__(capabilities, capabilities.compile_budget if budget is None else budget)
+        self.pool = pool or Pool()
+        self.precision = precision
+        self.heap = heap or Heap()
+        self.fuse = fuse
+        self.slot = RunSlot(self.heap)
+
+    def _compile(self, text: str, blobs: Mapping[str, bytes]) -> Program:
+        from anert.mil.text import parse
+
+        module = parse(text, blobs=blobs)
+        if "main" not in module.functions:
+            raise CompileError(f"the program has no function 'main': it has {', '.join(module.functions)}")
+        return self.compile_function(module.main)
+
+    def compile_function(self, function: Function) -> CpuProgram:
+        """The Program of a Function without a way through text. Not counted, not cached."""
+        lowering = Lowering(function, self.precision)
+        graph = lowering.run(lowerings())
+        prune(graph)
+        retarget(graph)
+        units = Fuser(graph, self.fuse).run()
+        emitted = Emitter(graph, units, self.precision).run()
+        return CpuProgram(function, emitted, graph.counters, self.pool, self.slot)
+
+    def surface(self, nbytes: int) -> Surface:
+        return Surface(self.heap, max(nbytes, 1))
+
+
+def port_array(surface: Surface, port: Port) -> np.ndarray:
+    """The array of a port on its surface: a view that owns the memory."""
+    from anert.mil.graph import DTYPES
+
+    return surface.array(DTYPES[port.type.dtype], port.type.shape)

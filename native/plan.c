@@ -1,0 +1,178 @@
+/* plan.c: a plan is a flat list of steps, checked once when it is made and run without another look. */
+#include <stdlib.h>
+
+#include "plan.h"
+
+enum { MAX_COUNT = 1 << 24 };
+static const int64_t MAX_DIM = (int64_t)1 << 40, MAX_STRIDE = (int64_t)1 << 40;
+
+/* ---- Validation ---- */
+static bool known_dtype(int32_t dtype) { return dtype >= ANERT_F32 && dtype <= ANERT_I8; }
+
+anert_status plan_check_reach(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int64_t extent,
+                              int64_t stride, anert_error *err) {
+    const anert_view *v = &plan->views[view];
+    if (v->buffer < 0 || v->buffer >= plan->n_buffers || !known_dtype(v->dtype))
+        return anert_fail(err, ANERT_EINVAL, "step %d: view %d has buffer %d, dtype %d", step, view, v->buffer, v->dtype);
+    __int128 low = v->offset, high = v->offset;
+    for (int32_t d = 0; d <= ANERT_DIMS; d++) {
+        int64_t n = d < ANERT_DIMS ? dims[d] : extent, s = d < ANERT_DIMS ? v->strides[d] : stride;
+        if (s > MAX_STRIDE || s < -MAX_STRIDE)
+            return anert_fail(err, ANERT_EINVAL, "step %d: view %d has a stride out of range", step, view);
+        __int128 reach = (__int128)(n - 1) * s;
+        if (reach < 0) low += reach;
+        else high += reach;
+    }
+    if (low < 0 || (high + 1) * (__int128)dtype_bytes(v->dtype) > plan->buffers[v->buffer].nbytes)
+        return anert_fail(err, ANERT_EINVAL, "step %d: view %d leaves buffer %d of %lld bytes", step, view, v->buffer,
+                          (long long)plan->buffers[v->buffer].nbytes);
+    return ANERT_OK;
+}
+
+anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int32_t n_dims,
+                             int32_t write, anert_error *err) {
+    int64_t full[ANERT_DIMS];
+    for (int32_t d = 0; d < ANERT_DIMS; d++) full[d] = d < n_dims ? dims[d] : 1;
+    anert_status status = plan_check_reach(plan, step, view, full, 1, 0, err);
+    if (status) return status;
+    if (write && !plan->buffers[plan->views[view].buffer].writable)
+        return anert_fail(err, ANERT_EINVAL, "step %d: view %d writes the read-only buffer %d", step, view,
+                          plan->views[view].buffer);
+    return ANERT_OK;
+}
+
+/* GEMM: which of (batch, batch, m, n, k) the four view dims of a, b, c, bias are. */
+static const int GEMM_DIMS[4][4] = {{0, 1, 2, 4}, {0, 1, 4, 3}, {0, 1, 2, 3}, {0, 1, 2, -1}};
+
+static anert_status gemm_check(const anert_plan *plan, int32_t step, anert_error *err) {
+    const anert_step *s = &plan->steps[step];
+    if (s->n_views < 3 || s->n_views > 4 || (s->precision != ANERT_F32 && s->precision != ANERT_BF16) ||
+        (s->beta != 0.0f && s->beta != 1.0f))
+        return anert_fail(err, ANERT_EINVAL, "step %d: gemm with %d views, precision %d", step, s->n_views, s->precision);
+    for (int i = 0; i < s->n_views; i++) {
+        int64_t dims[4];
+        for (int d = 0; d < 4; d++) dims[d] = GEMM_DIMS[i][d] < 0 ? 1 : s->dims[GEMM_DIMS[i][d]];
+        anert_status status = plan_check_view(plan, step, s->first_view + i, dims, 4, i == 2, err);
+        if (status) return status;
+        int32_t dtype = plan->views[s->first_view + i].dtype;
+        if (i == 3 ? dtype != ANERT_F32 : dtype > ANERT_BF16)
+            return anert_fail(err, ANERT_EINVAL, "step %d: gemm operand %d has dtype %d", step, i, dtype);
+    }
+    return ANERT_OK;
+}
+
+static anert_status step_check(anert_plan *plan, int32_t i, anert_error *err) {
+    const anert_step *s = &plan->steps[i];
+    if (s->kind < 0 || s->kind >= ANERT_STEP_KINDS)
+        return anert_fail(err, ANERT_EINVAL, "step %d: kind %d is unknown", i, s->kind);
+    if (s->first_view < 0 || s->n_views < 0 || s->first_view > plan->n_views - s->n_views || s->first_instr < 0 ||
+        s->n_instrs < 0 || s->first_instr > plan->n_instrs - s->n_instrs)
+        return anert_fail(err, ANERT_EINVAL, "step %d: its views or instructions are not there", i);
+    __int128 n = 1;
+    for (int d = 0; d < ANERT_DIMS; d++) {
+        if (s->dims[d] < 1 || s->dims[d] > MAX_DIM)
+            return anert_fail(err, ANERT_EINVAL, "step %d: dim %d is %lld", i, d, (long long)s->dims[d]);
+        n *= s->dims[d];
+        if (n > MAX_DIM) return anert_fail(err, ANERT_EINVAL, "step %d: its space is too large", i);
+    }
+    if (s->reduced < 0 || s->reduced >= 1 << ANERT_DIMS)
+        return anert_fail(err, ANERT_EINVAL, "step %d: reduced dims %d", i, s->reduced);
+    if (s->kind == ANERT_STEP_TILE) {
+        anert_status status = tile_check(plan, i, err);
+        if (status == ANERT_OK) plan->tile_scratch = MAX(plan->tile_scratch, tile_scratch_bytes(s));
+        return status;
+    }
+    return s->kind == ANERT_STEP_GEMM ? gemm_check(plan, i, err) : move_check(plan, i, err);
+}
+
+/* ---- Making ---- */
+static void *copy_of(const void *items, int32_t n, size_t size) {
+    void *copy = calloc((size_t)n + 1, size);
+    if (copy != NULL && n > 0) memcpy(copy, items, (size_t)n * size);
+    return copy;
+}
+
+anert_status anert_plan_new(const anert_plan_def *def, anert_plan **out, anert_error *err) {
+    *out = NULL;
+    int32_t counts[5] = {def->n_buffers, def->n_views, def->n_instrs, def->n_steps, def->n_counters};
+    for (int i = 0; i < 5; i++)
+        if (counts[i] < 0 || counts[i] > MAX_COUNT)
+            return anert_fail(err, ANERT_EINVAL, "plan: a count of %d is out of range", counts[i]);
+    anert_plan *plan = calloc(1, sizeof *plan);
+    if (plan == NULL) return anert_fail(err, ANERT_ENOMEM, "plan: no memory");
+    plan->n_buffers = def->n_buffers, plan->n_views = def->n_views, plan->n_instrs = def->n_instrs;
+    plan->n_steps = def->n_steps, plan->n_counters = def->n_counters;
+    plan->buffers = copy_of(def->buffers, def->n_buffers, sizeof *plan->buffers);
+    plan->views = copy_of(def->views, def->n_views, sizeof *plan->views);
+    plan->steps = copy_of(def->steps, def->n_steps, sizeof *plan->steps);
+    plan->instrs = calloc((size_t)def->n_instrs + 1, sizeof *plan->instrs);
+    plan->counters = calloc((size_t)def->n_counters + 1, sizeof *plan->counters);
+    anert_status status = ANERT_OK;
+    if (!plan->buffers || !plan->views || !plan->steps || !plan->instrs || !plan->counters)
+        status = anert_fail(err, ANERT_ENOMEM, "plan: no memory");
+    for (int32_t i = 0; status == ANERT_OK && i < def->n_instrs; i++) plan->instrs[i].i = def->instrs[i];
+    for (int32_t i = 0; status == ANERT_OK && i < def->n_steps; i++) status = step_check(plan, i, err);
+    if (status != ANERT_OK) {
+        anert_plan_free(plan);
+        return status;
+    }
+    *out = plan;
+    return ANERT_OK;
+}
+
+void anert_plan_free(anert_plan *plan) {
+    if (plan == NULL) return;
+    free(plan->buffers);
+    free(plan->views);
+    free(plan->steps);
+    free(plan->instrs);
+    free(plan->counters);
+    free(plan);
+}
+
+uint64_t anert_plan_counter(anert_plan *plan, int32_t i, int32_t reset) {
+    if (i < 0 || i >= plan->n_counters) return 0;
+    return reset ? atomic_exchange(&plan->counters[i], 0) : atomic_load(&plan->counters[i]);
+}
+
+/* ---- Running ---- */
+static anert_matrix gemm_operand(const plan_run *run, const anert_view *v, int64_t outer, bool collapsed) {
+    char *base = view_base(run, v) + outer * v->strides[0] * (int64_t)dtype_bytes(v->dtype);
+    return (anert_matrix){base, v->dtype, v->strides[2], v->strides[3], v->strides[collapsed ? 0 : 1]};
+}
+
+static anert_status gemm_run(const plan_run *run, const anert_step *s, anert_error *err) {
+    const anert_view *v = run->plan->views + s->first_view;
+    bool collapsed = s->dims[1] == 1;
+    for (int64_t o = 0; o < (collapsed ? 1 : s->dims[0]); o++) {
+        anert_matrix a = gemm_operand(run, &v[0], o, collapsed), b = gemm_operand(run, &v[1], o, collapsed),
+                     c = gemm_operand(run, &v[2], o, collapsed);
+        anert_status status = anert_gemm(run->pool, s->precision, s->dims[collapsed ? 0 : 1], s->dims[2], s->dims[3],
+                                         s->dims[4], s->alpha, a, b, s->beta, c, err);
+        if (status) return status;
+    }
+    return ANERT_OK;
+}
+
+static anert_status step_run(const plan_run *run, const anert_step *s, anert_error *err) {
+    switch (s->kind) {
+    case ANERT_STEP_TILE: tile_run(run, s); return ANERT_OK;
+    case ANERT_STEP_GEMM: return gemm_run(run, s, err);
+    default: return move_run(run, s, err);
+    }
+}
+
+anert_status anert_plan_run(const anert_plan *plan, anert_pool *pool, void *const *bases, int32_t n_bases, void *arena,
+                            anert_error *err) {
+    if (n_bases != plan->n_buffers)
+        return anert_fail(err, ANERT_EINVAL, "plan: %d buffers expected, %d came", plan->n_buffers, n_bases);
+    plan_run run = {.plan = plan, .pool = pool, .bases = bases, .arena = arena, .isa = anert_pool_isa(pool)};
+    anert_pool_enter(pool);
+    anert_status status = ANERT_OK;
+    for (int32_t t = 0; t < anert_pool_threads(pool) && status == ANERT_OK; t++)
+        if (plan->tile_scratch > 0 && anert_pool_scratch(pool, t, 1, plan->tile_scratch) == NULL)
+            status = anert_fail(err, ANERT_ENOMEM, "plan: no memory for %zu bytes of scratch", plan->tile_scratch);
+    for (int32_t i = 0; i < plan->n_steps && status == ANERT_OK; i++) status = step_run(&run, &plan->steps[i], err);
+    anert_pool_leave(pool);
+    return status;
+}

@@ -1,0 +1,103 @@
+/* vec.h: the vector of one instruction set, so that a kernel is written once and compiled once for each.
+ *
+ * The file that includes it defines one of VEC_SCALAR, VEC_AVX2, VEC_AVX512, VEC_AVX512BF16, VEC_NEON first, and holds
+ * kernels of that instruction set alone: VEC_FN marks their functions with its compile target. Here: the types vf (VL
+ * fp32 lanes) and vm (a lane mask), and operations named vf_*. vf_load and vf_store need no alignment. Of vf_max and
+ * vf_min, a NaN in the second operand is the result. Narrowing rounds to nearest even and overflows to inf. */
+#ifndef ANERT_VEC_H
+#define ANERT_VEC_H
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "internal.h"
+
+#if defined(VEC_EMULATED) /* a test compiles the intrinsics of another CPU through SIMDe */
+#define VEC_TARGET
+#elif defined(VEC_AVX2)
+#define VEC_TARGET __attribute__((target("avx2,fma,f16c")))
+#elif defined(VEC_AVX512)
+#define VEC_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#elif defined(VEC_AVX512BF16)
+#define VEC_TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")))
+#else
+#define VEC_TARGET
+#endif
+#define VEC_FN static VEC_TARGET
+#define VEC_INLINE static inline __attribute__((always_inline, unused)) VEC_TARGET
+
+/* bf16 of x, to nearest even; a NaN stays one. */
+static inline __attribute__((unused)) uint16_t bf16_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return (uint16_t)(bits >> 16 | 0x40u);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+static inline __attribute__((unused)) float bf16_float(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+#if defined(VEC_AVX2)
+#include "vec_avx2.h"
+#elif defined(VEC_AVX512) || defined(VEC_AVX512BF16)
+#include "vec_avx512.h"
+#elif defined(VEC_NEON)
+#include "vec_neon.h"
+#else
+#include "vec_scalar.h"
+#endif
+
+/* ---- What follows is the same for every instruction set ---- */
+
+static inline __attribute__((unused)) size_t dtype_size(int32_t dtype) { return dtype == ANERT_F32 ? 4 : 2; }
+
+/* VL elements of a dtype from element i on; one element; and how they are written. dtype is best a constant. */
+VEC_INLINE vf vf_load_as(const void *p, int64_t i, int32_t dtype) {
+    if (dtype == ANERT_F32)
+        return vf_load((const float *)p + i);
+    return dtype == ANERT_F16 ? vf_load_f16((const uint16_t *)p + i) : vf_load_bf16((const uint16_t *)p + i);
+}
+
+VEC_INLINE void vf_store_as(void *p, int64_t i, int32_t dtype, vf x) {
+    if (dtype == ANERT_F32)
+        vf_store((float *)p + i, x);
+    else if (dtype == ANERT_F16)
+        vf_store_f16((uint16_t *)p + i, x);
+    else
+        vf_store_bf16((uint16_t *)p + i, x);
+}
+
+static inline __attribute__((unused)) float element(const void *p, int64_t i, int32_t dtype) {
+    if (dtype == ANERT_F32)
+        return ((const float *)p)[i];
+    uint16_t bits = ((const uint16_t *)p)[i];
+    return dtype == ANERT_F16 ? anert_float(bits) : bf16_float(bits);
+}
+
+static inline __attribute__((unused)) void set_element(void *p, int64_t i, int32_t dtype, float x) {
+    if (dtype == ANERT_F32)
+        ((float *)p)[i] = x;
+    else
+        ((uint16_t *)p)[i] = dtype == ANERT_F16 ? anert_half(x) : bf16_of(x);
+}
+
+/* The first n < VL lanes; the others load as zero. */
+VEC_INLINE vf vf_load_part(const void *p, int64_t i, int32_t dtype, int64_t n) {
+    float lanes[VL] = {0};
+    for (int64_t j = 0; j < n; j++)
+        lanes[j] = element(p, i + j, dtype);
+    return vf_load(lanes);
+}
+
+VEC_INLINE void vf_store_part(void *p, int64_t i, int32_t dtype, int64_t n, vf x) {
+    float lanes[VL];
+    vf_store(lanes, x);
+    for (int64_t j = 0; j < n; j++)
+        set_element(p, i + j, dtype, lanes[j]);
+}
+#endif

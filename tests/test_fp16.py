@@ -1,0 +1,376 @@
+"""fp16 conversions, bit for bit, on every instruction set: NumPy is the oracle, the hardware's rule that for NaN."""
+
+import functools
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_build import compile_c, load_c
+
+from anert import ffi as native
+from anert.errors import InputError
+
+ISAS = native.isas()
+
+
+@functools.cache
+def pool(isa, threads=2):
+    return native.Pool(threads, isa)
+
+
+def pointer(array, kind):
+    """C pointer to the first element, whatever the strides."""
+    return native.ffi.cast(kind, array.__array_interface__["data"][0])
+
+
+def down(x, isa, clamp=0):
+    """(halves as uint16, count of clamped)."""
+    x = np.ascontiguousarray(x, np.float32)
+    out, clamped = np.empty(x.size, np.uint16), native.ffi.new("uint64_t *", 99)
+    arguments = pointer(x, "float *"), pointer(out, "uint16_t *"), x.size, clamp, clamped
+    native.call(native.lib.anert_f32_to_f16, pool(isa).ptr, *arguments)
+    return out, clamped[0]
+
+
+def up(halves, isa):
+    halves = np.ascontiguousarray(halves, np.uint16)
+    out = np.empty(halves.size, np.float32)
+    arguments = pointer(halves, "uint16_t *"), pointer(out, "float *"), halves.size
+    native.call(native.lib.anert_f16_to_f32, pool(isa).ptr, *arguments)
+    return out.view(np.uint32)
+
+
+def down_oracle(x):
+    """NumPy for numbers; NaN: sign | 0x7e00 | payload >> 13."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        halves = x.astype(np.float16).view(np.uint16)
+    quiet = (bits >> 16 & 0x8000 | 0x7E00 | bits >> 13 & 0x3FF).astype(np.uint16)
+    return np.where(np.isnan(x), quiet, halves)
+
+
+def up_oracle(halves):
+    bits = halves.view(np.float16).astype(np.float32).view(np.uint32)
+    wide = halves.astype(np.uint32)
+    quiet = (wide & 0x8000) << 16 | 0x7FC00000 | (wide & 0x3FF) << 13
+    return np.where((halves & 0x7FFF) > 0x7C00, quiet, bits)
+
+
+ALL = np.arange(65536, dtype=np.uint16)
+
+
+def hard_cases():
+    """Every half, every midpoint between neighbours and the floats beside it, the edges of fp32, a million patterns."""
+    finite = ALL[(ALL & 0x7FFF) < 0x7C00].view(np.float16).astype(np.float32)
+    positive = np.sort(finite[np.signbit(finite) == 0])
+    ties = np.append((positive[1:] + positive[:-1]) / 2, np.float32(65520))
+    around = [np.nextafter(ties, np.float32(edge)) for edge in (-np.inf, np.inf)]
+    exact = np.concatenate([positive, ties, *around])
+    edges = np.array(
+        [0x00000000, 0x00000001, 0x007FFFFF, 0x00800000, 0x33000000, 0x33000001, 0x32FFFFFF, 0x7F7FFFFF, 0x7F800000,
+         0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF, 0x7F801FFF, 0x7F802000], np.uint32)  # fmt: skip
+    edges = edges.view(np.float32)
+    random = np.random.default_rng(0).integers(0, 1 << 32, 1_000_000, np.uint32).view(np.float32)
+    return np.concatenate([exact, -exact, edges, -edges, random])
+
+
+CASES = hard_cases()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_all_halves_up(isa):
+    np.testing.assert_array_equal(up(ALL, isa), up_oracle(ALL))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_hard_cases_down(isa):
+    out, clamped = down(CASES, isa)
+    np.testing.assert_array_equal(out, down_oracle(CASES))
+    assert clamped == 0
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_round_trip(isa):
+    """Every half but signalling NaNs, which come back quiet."""
+    back, _ = down(up(ALL, isa).view(np.float32), isa)
+    signalling = ((ALL & 0x7FFF) > 0x7C00) & ((ALL & 0x200) == 0)
+    np.testing.assert_array_equal(back, np.where(signalling, ALL | 0x200, ALL))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_clamp(isa):
+    out, clamped = down(CASES, isa, clamp=1)
+    np.testing.assert_array_equal(out, down_oracle(np.clip(CASES, -65504, 65504)))
+    assert clamped == np.count_nonzero(np.abs(CASES) > 65504)
+    edge = np.array([65504, 65504.004, 65519, 65520, np.inf, np.nan, -65505, -np.inf, 1], np.float32)
+    out, clamped = down(edge, isa, clamp=1)
+    assert out[:5].tolist() == [0x7BFF] * 5
+    assert out[5:].tolist() == [0x7E00, 0xFBFF, 0xFBFF, 0x3C00]
+    assert clamped == 6
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 15, 16, 17, 31, 33, 65535, 65537, 200_003])
+def test_lengths_and_alignments(isa, n):
+    """Any length at any alignment, nothing written beside."""
+    for shift in (0, 1, 3):
+        x = CASES[shift : n + shift]
+        out = np.full(n + 8, 0xABCD, np.uint16)
+        source = pointer(CASES[shift:], "float *")
+        native.call(
+            native.lib.anert_f32_to_f16,
+            pool(isa).ptr,
+            source,
+            pointer(out[shift:], "uint16_t *"),
+            n,
+            0,
+            native.ffi.NULL,
+        )
+        np.testing.assert_array_equal(out[shift : n + shift], down_oracle(x))
+        assert (out[:shift] == 0xABCD).all()
+        assert (out[n + shift :] == 0xABCD).all()
+
+
+shapes = st.one_of(
+    st.tuples(st.integers(0, 70), st.integers(0, 70)),
+    st.tuples(st.integers(0, 200), st.integers(0, 20)),
+    st.sampled_from([(1, 300), (300, 1), (128, 64), (65, 129), (8, 8), (513, 140)]),
+)
+
+
+def strided(rows, cols, extra, shift, dtype):
+    """A (rows, cols) view with row stride cols + extra, `shift` elements into its memory, and that memory."""
+    memory = np.full(shift + max(rows, 1) * (cols + extra) + 5, 77, dtype)
+    step = memory.itemsize
+    view = np.ndarray((rows, cols), dtype, memory, shift * step, ((cols + extra) * step, step))
+    return view, memory
+
+
+@given(
+    shapes, st.integers(0, 9), st.integers(0, 9), st.integers(0, 5), st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from(ISAS), st.integers(0, 2**32 - 1),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_matrices(shape, extra_src, extra_dst, shift, transpose, is_down, clamp, isa, seed):
+    """Straight and transposed, both ways, at odd sizes, strides and offsets; nothing beside the target is touched."""
+    rows, cols = shape
+    target = (cols, rows) if transpose else shape
+    kinds = (np.float32, np.uint16) if is_down else (np.uint16, np.float32)
+    src, _ = strided(rows, cols, extra_src, shift, kinds[0])
+    dst, memory = strided(*target, extra_dst, shift, kinds[1])
+    random = np.random.default_rng(seed)
+    size = rows * cols
+    values = CASES[random.integers(0, CASES.size, size)] if is_down else random.integers(0, 65536, size, np.uint16)
+    src[...] = values.reshape(shape)
+    before = memory.copy()
+    lib = native.lib
+    numbers = (cols + extra_src, target[1] + extra_dst, rows, cols, int(transpose))
+    if is_down:
+        clamped = native.ffi.new("uint64_t *")
+        arguments = pointer(src, "float *"), numbers[0], pointer(dst, "uint16_t *"), *numbers[1:]
+        native.call(lib.anert_f32_to_f16_2d, pool(isa).ptr, *arguments, int(clamp), clamped)
+        expected = down_oracle(np.clip(src, -65504, 65504) if clamp else src)
+        assert clamped[0] == (np.count_nonzero(np.abs(src) > 65504) if clamp else 0)
+    else:
+        arguments = pointer(src, "uint16_t *"), numbers[0], pointer(dst, "float *"), *numbers[1:]
+        native.call(lib.anert_f16_to_f32_2d, pool(isa).ptr, *arguments)
+        expected = up_oracle(np.ascontiguousarray(src)).view(np.float32)
+    whole, whole_memory = strided(*target, extra_dst, shift, kinds[1])
+    whole_memory[:] = before
+    whole[...] = expected.T if transpose else expected
+    np.testing.assert_array_equal(memory.view(np.uint8), whole_memory.view(np.uint8))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_and_default_pool_agree(threads):
+    """Large enough for several chunks and blocks: one and many threads, and no pool at all, give the same bits."""
+    x = np.resize(CASES, (1003, 701))
+    expected = down_oracle(x)
+    handles = [pool(native.Pool(1).isa, threads).ptr, native.ffi.NULL]
+    for handle in handles:
+        for transpose in (0, 1):
+            out = np.zeros((701, 1003) if transpose else x.shape, np.uint16)
+            arguments = pointer(x, "float *"), 701, pointer(out, "uint16_t *"), out.shape[1], 1003, 701, transpose
+            native.call(native.lib.anert_f32_to_f16_2d, handle, *arguments, 0, native.ffi.NULL)
+            np.testing.assert_array_equal(out, expected.T if transpose else expected)
+            back = np.zeros(x.shape, np.float32)
+            arguments = pointer(out, "uint16_t *"), out.shape[1], pointer(back, "float *"), 701, *out.shape, transpose
+            native.call(native.lib.anert_f16_to_f32_2d, handle, *arguments)
+            np.testing.assert_array_equal(back.view(np.uint32), up_oracle(expected))
+
+
+def test_bad_arguments():
+    lib, null = native.lib, native.ffi.NULL
+    floats, halves = native.ffi.new("float[64]"), native.ffi.new("uint16_t[64]")
+    cases = [
+        ((null, 8, halves, 8, 2, 8, 0), "src is NULL"),
+        ((floats, 8, null, 8, 2, 8, 0), "dst is NULL"),
+        ((floats, 7, halves, 8, 2, 8, 0), "src_stride 7 is less than a row of 8"),
+        ((floats, 8, halves, 7, 2, 8, 0), "dst_stride 7 is less than a row of 8"),
+        ((floats, 8, halves, 1, 2, 8, 1), "dst_stride 1 is less than a row of 2"),
+        ((floats, 1 << 62, halves, 8, 8, 8, 0), "exceed the address space"),
+        ((floats, 8, halves, 1 << 60, 8, 8, 1), "exceed the address space"),
+        ((floats, 8, halves, 8, 1, (1 << 64) - 1, 0), "exceed the address space"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(InputError, match=message):
+            native.call(lib.anert_f32_to_f16_2d, null, *arguments, 0, null)
+    with pytest.raises(InputError, match="src is NULL"):
+        native.call(lib.anert_f16_to_f32, null, null, floats, 3)
+    native.call(lib.anert_f16_to_f32, null, null, null, 0)
+    native.call(lib.anert_f32_to_f16_2d, null, null, 0, null, 0, 0, 5, 1, 0, null)
+
+
+# AVX-512 on a CPU without it: the same source over SIMDe's portable intrinsics. SIMDe itself includes the compiler's
+# immintrin.h; its 0.7.4 lacks the two conversions, which are their 256-bit halves side by side.
+SHIM = r"""
+#ifdef SHIM
+#include_next <immintrin.h>
+#else
+#define SHIM
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+static inline simde__m256i shim_cvtps_ph(simde__m512 x) {
+    simde__m512_private p = simde__m512_to_private(x);
+    simde__m256i_private out;
+    out.m128i[0] = simde_mm256_cvtps_ph(p.m256[0], 0);
+    out.m128i[1] = simde_mm256_cvtps_ph(p.m256[1], 0);
+    return simde__m256i_from_private(out);
+}
+static inline simde__m512 shim_cvtph_ps(simde__m256i x) {
+    simde__m256i_private p = simde__m256i_to_private(x);
+    simde__m512_private out;
+    out.m256[0] = simde_mm256_cvtph_ps(p.m128i[0]);
+    out.m256[1] = simde_mm256_cvtph_ps(p.m128i[1]);
+    return simde__m512_from_private(out);
+}
+#define _mm512_cvtps_ph(x, mode) shim_cvtps_ph(x)
+#define _mm512_cvtph_ps(x) shim_cvtph_ps(x)
+#endif
+"""
+PROBE = r"""
+#include "internal.h"
+#define K (&TABLE)
+void probe_down(const float *s, uint16_t *d, size_t n) { K->f32_to_f16(s, d, n); }
+void probe_up(const uint16_t *s, float *d, size_t n) { K->f16_to_f32(s, d, n); }
+size_t probe_count(const float *s, size_t n) { return K->count_past(s, n); }
+void probe_turn(const uint16_t *s, size_t ss, uint16_t *d, size_t ds, size_t r, size_t c) {
+    K->transpose(s, ss, d, ds, r, c);
+}
+void probe_down_block(const float *s, size_t ss, uint16_t *d, size_t ds, size_t r, size_t c) {
+    K->transpose_f32_to_f16(s, ss, d, ds, r, c);
+}
+void probe_up_block(const uint16_t *s, size_t ss, float *d, size_t ds, size_t r, size_t c) {
+    K->transpose_f16_to_f32(s, ss, d, ds, r, c);
+}
+"""
+CDEF = """
+void probe_down(const float *, uint16_t *, size_t);
+void probe_up(const uint16_t *, float *, size_t);
+size_t probe_count(const float *, size_t);
+void probe_turn(const uint16_t *, size_t, uint16_t *, size_t, size_t, size_t);
+void probe_down_block(const float *, size_t, uint16_t *, size_t, size_t, size_t);
+void probe_up_block(const uint16_t *, size_t, float *, size_t, size_t, size_t);
+"""
+EMULATED = ["fp16.c", "fp16_x86.c", "error.c", "pool.c"]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """The AVX-512 kernels over emulated intrinsics."""
+    if not os.path.exists("/usr/include/simde/x86/avx512.h"):
+        pytest.skip("no SIMDe headers (apt install libsimde-dev)")
+    tmp = tmp_path_factory.mktemp("simde")
+    (tmp / "immintrin.h").write_text(SHIM)
+    (tmp / "probe.c").write_text(PROBE)
+    flags = [f"-I{tmp}", "-DANERT_NO_TARGET", "-DTABLE=anert_fp16_avx512", "-Wno-psabi"]
+    if "avx2" in ISAS:
+        flags += ["-mavx2", "-mfma", "-mf16c"]
+    return load_c(tmp, CDEF, [*EMULATED, tmp / "probe.c"], *flags)
+
+
+def test_avx512_rows_emulated(emulated):
+    ffi, lib = emulated
+    for n in (0, 1, 15, 16, 17, 40, CASES.size):
+        out = np.full(n + 1, 0xABCD, np.uint16)
+        lib.probe_down(ffi.from_buffer("float[]", CASES), ffi.from_buffer("uint16_t[]", out), n)
+        same = down_oracle(CASES[:n]) == out[:n]
+        if "avx2" not in ISAS:
+            same |= np.isnan(CASES[:n])  # SIMDe's portable F16C has its own NaN rule
+        assert same.all()
+        assert out[n] == 0xABCD
+        assert lib.probe_count(ffi.from_buffer("float[]", CASES), n) == np.count_nonzero(np.abs(CASES[:n]) > 65504)
+    wide = np.zeros(65536, np.float32)
+    lib.probe_up(ffi.from_buffer("uint16_t[]", ALL), ffi.from_buffer("float[]", wide), 65536)
+    same = wide.view(np.uint32) == up_oracle(ALL)
+    assert (same | np.isnan(wide) if "avx2" not in ISAS else same).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (8, 8), (9, 23), (63, 1), (1, 64), (16, 40)])
+def test_avx512_blocks_emulated(emulated, shape):
+    ffi, lib = emulated
+    rows, cols = shape
+    x = np.linspace(-70000, 70000, rows * cols, dtype=np.float32).reshape(shape)
+    halves = down_oracle(x)
+    out, turned, back = (np.zeros((cols, rows), kind) for kind in (np.uint16, np.uint16, np.float32))
+    float_of, half_of = (lambda a: ffi.from_buffer("float[]", a)), (lambda a: ffi.from_buffer("uint16_t[]", a))
+    lib.probe_down_block(float_of(x), cols, half_of(out), rows, rows, cols)
+    lib.probe_turn(half_of(halves), cols, half_of(turned), rows, rows, cols)
+    lib.probe_up_block(half_of(halves), cols, float_of(back), rows, rows, cols)
+    np.testing.assert_array_equal(out, halves.T)
+    np.testing.assert_array_equal(turned, halves.T)
+    np.testing.assert_array_equal(back.view(np.uint32), up_oracle(halves).T)
+
+
+NEON_MAIN = r"""
+#include <stdio.h>
+#include <stdlib.h>
+static uint32_t seed = 1;
+static uint32_t next(void) { return seed = seed * 1664525u + 1013904223u; }
+static uint16_t h[64 * 64 + 9], h2[64 * 64 + 9], h3[64 * 64 + 9];
+static float f[64 * 64 + 9], f2[64 * 64 + 9], f3[64 * 64 + 9];
+int main(void) {
+    const anert_fp16_kernels *neon = anert_fp16_kernels_for(ANERT_ISA_NEON);
+    const anert_fp16_kernels *scalar = anert_fp16_kernels_for(ANERT_ISA_SCALAR);
+    if (neon == scalar || anert_isa_best() != ANERT_ISA_NEON) return 2;
+    for (int round = 0; round < 300; round++) {
+        size_t rows = 1 + next() % 64, cols = 1 + next() % 64, n = rows * cols, at = next() % 8;
+        for (size_t i = 0; i < n + at; i++) {
+            uint32_t bits = next() ^ next() >> 16;
+            if (i % 3 == 0) bits = (bits & 0x80000fffu) | 0x33000000u + (bits >> 8 & 0x15ff0000u);
+            memcpy(&f[i], &bits, 4);
+            h[i] = (uint16_t)(round < 20 ? round * 4096 + i : next() >> 16);
+        }
+        neon->f32_to_f16(f + at, h2, n); scalar->f32_to_f16(f + at, h3, n);
+        if (memcmp(h2, h3, n * 2)) return 3;
+        neon->f16_to_f32(h + at, f2, n); scalar->f16_to_f32(h + at, f3, n);
+        if (memcmp(f2, f3, n * 4)) return 4;
+        neon->transpose_f32_to_f16(f + at, cols, h2, rows, rows, cols);
+        scalar->transpose_f32_to_f16(f + at, cols, h3, rows, rows, cols);
+        if (memcmp(h2, h3, n * 2)) return 5;
+        neon->transpose_f16_to_f32(h + at, cols, f2, rows, rows, cols);
+        scalar->transpose_f16_to_f32(h + at, cols, f3, rows, rows, cols);
+        if (memcmp(f2, f3, n * 4)) return 6;
+        neon->transpose(h + at, cols, h2, rows, rows, cols); scalar->transpose(h + at, cols, h3, rows, rows, cols);
+        if (memcmp(h2, h3, n * 2)) return 7;
+        if (neon->count_past(f, n) != scalar->count_past(f, n)) return 8;
+    }
+    return 0;
+}
+"""
+
+
+def test_neon_under_qemu(tmp_path):
+    """The NEON kernels against the scalar ones, which the tests above hold to NumPy."""
+    if shutil.which("qemu-aarch64") is None or shutil.which("aarch64-linux-gnu-gcc") is None:
+        pytest.skip("no qemu-aarch64 and aarch64-linux-gnu-gcc (apt install qemu-user gcc-aarch64-linux-gnu)")
+    source = tmp_path / "neon.c"
+    source.write_text('#include "internal.h"\n' + NEON_MAIN)
+    sources = ["fp16.c", "fp16_neon.c", "error.c", "pool.c", source]
+    program = compile_c(tmp_path / "neon", sources, "-O3", "-static", cc="aarch64-linux-gnu-gcc")
+    assert subprocess.run(["qemu-aarch64", "-cpu", "cortex-a53", program], timeout=120).returncode == 0
