@@ -9,6 +9,7 @@
 ANERT_CFLAGS is added to every compile and link: ANERT_CFLAGS="-fsanitize=address,undefined -g -O1".
 """
 
+# mypy: disable-error-code="import-untyped,misc,no-any-return"
 from __future__ import annotations
 
 import argparse
@@ -71,7 +72,8 @@ def extension(build_dir: Path) -> Any:
 class BuildExt(build_ext):
     """build_ext whose one extension is anert._native, recompiling what changed, two files at a time."""
 
-    werror = False
+    werror: bool
+    build_temp: str
 
     def initialize_options(self) -> None:
         super().initialize_options()

@@ -1,7 +1,7 @@
 """The door to C: loads anert._native on first use, and `call` turns a status into an exception.
 
-Which build is loaded: the installed one, or the shared object that the environment variable ANERT_NATIVE names (a sanitizer
-or cross build). Importing this module loads nothing.
+Which build is loaded: the installed one, or the shared object that the environment variable ANERT_NATIVE names (a
+sanitizer or cross build). Importing this module loads nothing.
 
     from anert import ffi
     pool = ffi.Pool()

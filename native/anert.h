@@ -97,9 +97,9 @@ typedef struct {
     int32_t broadcast;
 } anert_placement;
 typedef struct {
-    float lr, beta1, beta2, eps, weight_decay;
-    float bias1, bias2;  /* 1 - beta1^t, 1 - beta2^t */
-    float grad_scale;    /* multiplies the gradient: clip factor over accumulation */
+    double lr, beta1, beta2, eps, weight_decay; /* double: 1 - 0.999f is off by 1e-5 */
+    double bias1, bias2; /* 1 - beta1^t, 1 - beta2^t */
+    double grad_scale;   /* multiplies the gradient: clip factor over accumulation */
 } anert_adamw_args;
 /* AdamW (Loshchilov & Hutter 2019): reads grad, updates m, v and master (fp32, rows*cols each), then writes every
  * placement, clamped to +-65504; *clamped (may be NULL) is set to the number of weights that were past it. */
@@ -188,7 +188,7 @@ enum {
     ANERT_TILE_SIGMOID, ANERT_TILE_ERF, ANERT_TILE_SIN, ANERT_TILE_COS, ANERT_TILE_TAN, ANERT_TILE_ASIN,
     ANERT_TILE_ACOS, ANERT_TILE_ATAN, ANERT_TILE_SINH, ANERT_TILE_COSH, ANERT_TILE_ATANH, ANERT_TILE_FLOOR,
     ANERT_TILE_CEIL, ANERT_TILE_ROUND, ANERT_TILE_TRUNC, ANERT_TILE_SIGN,
-    ANERT_TILE_HALF,      /* round to fp16; values that overflow are added to the counter */
+    ANERT_TILE_HALF,      /* round to fp16; past imm (65504 or less) is inf and adds to the counter */
     ANERT_TILE_TO_F32, ANERT_TILE_TO_I32, /* int32 lanes -> fp32, fp32 -> int32 toward zero */
     ANERT_TILE_I32_ADD, ANERT_TILE_I32_SUB, ANERT_TILE_I32_MUL, ANERT_TILE_I32_DIV, ANERT_TILE_I32_MOD,
     ANERT_TILE_I32_MAX, ANERT_TILE_I32_MIN, ANERT_TILE_I32_EQ, ANERT_TILE_I32_LT, ANERT_TILE_I32_LE,

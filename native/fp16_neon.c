@@ -5,13 +5,13 @@
 #include <arm_neon.h>
 
 static inline uint16x8_t load_down(const float *src) {
-    return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(vld1q_f32(src)), vld1q_f32(src + 4)));
+    return vreinterpretq_u16_f16(vcombine_f16(vcvt_f16_f32(vld1q_f32(src)), vcvt_f16_f32(vld1q_f32(src + 4))));
 }
 
 static inline void store_up(float *dst, uint16x8_t halves) {
     float16x8_t x = vreinterpretq_f16_u16(halves);
     vst1q_f32(dst, vcvt_f32_f16(vget_low_f16(x)));
-    vst1q_f32(dst + 4, vcvt_high_f32_f16(x));
+    vst1q_f32(dst + 4, vcvt_f32_f16(vget_high_f16(x)));
 }
 
 static void down_neon(const float *src, uint16_t *dst, size_t n) {

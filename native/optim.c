@@ -12,7 +12,7 @@ enum { LANES = 16, CHUNK = 1 << 14, BLOCK = 64, BAND = 256, ROW_PART = 1024, SER
 /* ---- Loops ---- */
 typedef struct {
     float decay;             /* 1 - lr * weight_decay */
-    float beta1, one_beta1;  /* one_beta1: 1 - beta1, rounded once from float64 */
+    float beta1, one_beta1;  /* one_beta1: 1 - beta1, rounded once */
     float beta2, one_beta2;
     float grad_scale;
     float step;              /* adamw: lr / bias1; lion: lr */
@@ -286,29 +286,29 @@ static void run_pass(anert_pool *pool, pass *job, uint64_t *clamped) {
 static anert_status check_update(const pass *job, const anert_adamw_args *args, bool adamw, anert_error *err) {
     if (job->rows > 0 && job->cols > 0 && (job->m == NULL || job->grad == NULL || (adamw && job->v == NULL)))
         return anert_fail(err, ANERT_EINVAL, "%s is NULL", job->grad == NULL ? "grad" : job->m == NULL ? "m" : "v");
-    if (!(args->beta1 >= 0.0f && args->beta1 < 1.0f) || !(args->beta2 >= 0.0f && args->beta2 < 1.0f))
-        return anert_fail(err, ANERT_EINVAL, "betas (%g, %g) must lie in [0, 1)", (double)args->beta1,
-                          (double)args->beta2);
+    if (!(args->beta1 >= 0.0 && args->beta1 < 1.0) || !(args->beta2 >= 0.0 && args->beta2 < 1.0))
+        return anert_fail(err, ANERT_EINVAL, "betas (%g, %g) must lie in [0, 1)", args->beta1,
+                          args->beta2);
     if (!isfinite(args->lr) || !isfinite(args->weight_decay) || !isfinite(args->grad_scale))
-        return anert_fail(err, ANERT_EINVAL, "lr %g, weight_decay %g and grad_scale %g must be finite", (double)args->lr,
-                          (double)args->weight_decay, (double)args->grad_scale);
-    if (adamw && (!(args->eps >= 0.0f) || !(args->bias1 > 0.0f) || !(args->bias2 > 0.0f)))
-        return anert_fail(err, ANERT_EINVAL, "eps %g must be >= 0, bias1 %g and bias2 %g above 0", (double)args->eps,
-                          (double)args->bias1, (double)args->bias2);
+        return anert_fail(err, ANERT_EINVAL, "lr %g, weight_decay %g and grad_scale %g must be finite", args->lr,
+                          args->weight_decay, args->grad_scale);
+    if (adamw && (!(args->eps >= 0.0) || !(args->bias1 > 0.0) || !(args->bias2 > 0.0)))
+        return anert_fail(err, ANERT_EINVAL, "eps %g must be >= 0, bias1 %g and bias2 %g above 0", args->eps,
+                          args->bias1, args->bias2);
     return ANERT_OK;
 }
 
 static update constants(const anert_adamw_args *args, bool adamw) {
     return (update){
-        .decay = (float)(1.0 - (double)args->lr * (double)args->weight_decay),
-        .beta1 = args->beta1,
-        .one_beta1 = (float)(1.0 - (double)args->beta1),
-        .beta2 = args->beta2,
-        .one_beta2 = (float)(1.0 - (double)args->beta2),
-        .grad_scale = args->grad_scale,
-        .step = adamw ? (float)((double)args->lr / (double)args->bias1) : args->lr,
-        .root = adamw ? (float)(1.0 / sqrt((double)args->bias2)) : 0.0f,
-        .eps = args->eps,
+        .decay = (float)(1.0 - args->lr * args->weight_decay),
+        .beta1 = (float)args->beta1,
+        .one_beta1 = (float)(1.0 - args->beta1),
+        .beta2 = (float)args->beta2,
+        .one_beta2 = (float)(1.0 - args->beta2),
+        .grad_scale = (float)args->grad_scale,
+        .step = (float)(adamw ? args->lr / args->bias1 : args->lr),
+        .root = adamw ? (float)(1.0 / sqrt(args->bias2)) : 0.0f,
+        .eps = (float)args->eps,
     };
 }
 

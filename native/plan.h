@@ -12,6 +12,7 @@ typedef struct {
     int64_t d_row, a_row, b_row, c_row;
     int32_t a_lane, b_lane, c_lane;
     int64_t rows, lanes;
+    float imm;
     uint64_t overflows; /* out, of HALF */
 } tile_args;
 typedef void tile_fn(tile_args *args);

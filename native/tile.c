@@ -183,7 +183,7 @@ static void compute(tile_state *t, const tile_instr *in) {
     operand a = operand_of(t, in->i.a, in->ka, &in->i.imm), b = operand_of(t, in->i.b, in->kb, &in->i.imm),
             c = operand_of(t, in->i.c, in->kc, &in->i.imm);
     tile_args g = {.a = a.p, .b = b.p, .c = c.p, .a_row = a.row, .b_row = b.row, .c_row = c.row,
-                   .a_lane = a.lane, .b_lane = b.lane, .c_lane = c.lane};
+                   .a_lane = a.lane, .b_lane = b.lane, .c_lane = c.lane, .imm = in->i.imm};
     int32_t kind = in->i.kind;
     reg *d = &t->regs[in->i.dst];
     g.rows = kind & 2 ? t->rows : 1;
@@ -476,14 +476,17 @@ anert_status tile_check(anert_plan *plan, int32_t step, anert_error *err) {
 extern const anert_tile_kernels anert_tile_scalar;
 #if defined(__x86_64__)
 extern const anert_tile_kernels anert_tile_avx2, anert_tile_avx512;
+#elif defined(__aarch64__)
+extern const anert_tile_kernels anert_tile_neon;
 #endif
 
 const anert_tile_kernels *anert_tile_kernels_for(int32_t isa) {
 #if defined(__x86_64__)
     if (isa == ANERT_ISA_AVX512 || isa == ANERT_ISA_AVX512BF16) return &anert_tile_avx512;
     if (isa == ANERT_ISA_AVX2) return &anert_tile_avx2;
-#else
-    (void)isa;
+#elif defined(__aarch64__)
+    if (isa == ANERT_ISA_NEON) return &anert_tile_neon;
 #endif
+    (void)isa;
     return &anert_tile_scalar;
 }

@@ -1,6 +1,7 @@
 /* tile_avx2.c: the lane loops for AVX2 + FMA. */
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c")
+#define VEC_AVX2
 #define TILE_TABLE anert_tile_avx2
 #include "tile_kernels.h"
 #else

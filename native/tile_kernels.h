@@ -1,11 +1,13 @@
-/* tile_kernels.h: the lane loops of tile programs, compiled once per instruction set: the including file sets the target and
- * defines TILE_TABLE, the name of its table. Loops are plain C that the compiler turns into the set's vectors. */
+/* tile_kernels.h: the lane loops of tile programs, compiled once per instruction set: the including file sets the target,
+ * defines one of vec.h's sets and TILE_TABLE, the name of its table. Arithmetic is plain C that the compiler turns into the
+ * set's vectors; exp and its kin are vmath.h's, in the last lanes too, so that a value never depends on its place. */
 #include <math.h>
 
 #include "plan.h"
+#include "vmath.h"
 
-static inline int32_t as_i32(float x) { return ((lane_word){.f = x}).i; }
-static inline float of_i32(int32_t x) { return ((lane_word){.i = x}).f; }
+static inline __attribute__((unused)) int32_t as_i32(float x) { return ((lane_word){.f = x}).i; }
+static inline __attribute__((unused)) float of_i32(int32_t x) { return ((lane_word){.i = x}).f; }
 
 #define UNARY(name, expr)                                                         \
     static void op_##name(tile_args *g) {                                         \
@@ -20,6 +22,27 @@ static inline float of_i32(int32_t x) { return ((lane_word){.i = x}).f; }
             else {                                                                \
                 float x = *a, y = expr;                                           \
                 for (int64_t i = 0; i < g->lanes; i++) d[i] = y;                  \
+            }                                                                     \
+        }                                                                         \
+    }
+
+#define VECTOR(name, function)                                                    \
+    static void op_##name(tile_args *g) {                                         \
+        for (int64_t r = 0; r < g->rows; r++) {                                   \
+            float *d = g->d + r * g->d_row;                                       \
+            const float *a = g->a + r * g->a_row;                                 \
+            int64_t i = 0;                                                        \
+            if (!g->a_lane) {                                                     \
+                float y[VL];                                                      \
+                vf_store(y, function(vf_set1(*a)));                               \
+                for (; i < g->lanes; i++) d[i] = y[0];                            \
+            }                                                                     \
+            for (; i + VL <= g->lanes; i += VL) vf_store(d + i, function(vf_load(a + i))); \
+            if (i < g->lanes) {                                                   \
+                float x[VL] = {0}, y[VL];                                         \
+                memcpy(x, a + i, (size_t)(g->lanes - i) * sizeof(float));         \
+                vf_store(y, function(vf_load(x)));                                \
+                memcpy(d + i, y, (size_t)(g->lanes - i) * sizeof(float));         \
             }                                                                     \
         }                                                                         \
     }
@@ -74,26 +97,27 @@ BINARY(i32_eq, as_i32(x) == as_i32(y) ? 1.0f : 0.0f)
 BINARY(i32_lt, as_i32(x) < as_i32(y) ? 1.0f : 0.0f)
 BINARY(i32_le, as_i32(x) <= as_i32(y) ? 1.0f : 0.0f)
 
-static inline int32_t floor_mod(int32_t x, int32_t y) {
+static inline __attribute__((unused)) int32_t floor_mod(int32_t x, int32_t y) {
     if (y == 0 || y == -1) return 0;
     return x - floor_div(x, y) * y;
 }
 BINARY(i32_div, of_i32(floor_div(as_i32(x), as_i32(y))))
 BINARY(i32_mod, of_i32(floor_mod(as_i32(x), as_i32(y))))
 
-static inline int32_t to_i32(float x) { /* toward zero, saturating; NaN is 0 */
+static inline __attribute__((unused)) int32_t to_i32(float x) { /* toward zero, saturating; NaN is 0 */
     return x != x ? 0 : x >= 2147483648.0f ? INT32_MAX : x < -2147483648.0f ? INT32_MIN : (int32_t)x;
 }
 
 UNARY(mov, x)
 UNARY(abs, of_i32(as_i32(x) & 0x7fffffff))
-UNARY(sqrt, sqrtf(x))
-UNARY(rsqrt, 1.0f / sqrtf(x))
-UNARY(exp, expf(x))
-UNARY(log, logf(x))
-UNARY(tanh, tanhf(x))
-UNARY(sigmoid, 1.0f / (1.0f + expf(-x)))
-UNARY(erf, erff(x))
+VECTOR(sqrt, vf_sqrt)
+static inline __attribute__((always_inline)) vf vf_rsqrt(vf x) { return vf_div(vf_set1(1.0f), vf_sqrt(x)); }
+VECTOR(rsqrt, vf_rsqrt)
+VECTOR(exp, vf_exp)
+VECTOR(log, vf_log)
+VECTOR(tanh, vf_tanh)
+VECTOR(sigmoid, vf_sigmoid)
+VECTOR(erf, vf_erf)
 UNARY(sin, sinf(x))
 UNARY(cos, cosf(x))
 UNARY(tan, tanf(x))
@@ -127,7 +151,7 @@ static void op_select(tile_args *g) { /* a ? b : c */
 }
 
 /* Rounds to fp16 by the fp32 adder: |x| < 2^-14 rounds at 2^-24, else at 11 bits; 65520 and up is inf. */
-static inline float round_half(float x) {
+static inline __attribute__((unused)) float round_half(float x) {
     uint32_t magnitude = (uint32_t)as_i32(x) & 0x7fffffffu, sign = (uint32_t)as_i32(x) & 0x80000000u;
     uint32_t odd = (magnitude >> 13) & 1u;
     uint32_t normal = (magnitude + 0xfffu + odd) & ~0x1fffu;
@@ -138,7 +162,7 @@ static inline float round_half(float x) {
 }
 
 static void op_half(tile_args *g) {
-    uint64_t overflows = 0;
+    uint64_t overflows = 0; /* finite values past imm, the largest magnitude that stays finite */
     for (int64_t r = 0; r < g->rows; r++) {
         float *d = g->d + r * g->d_row;
         const float *a = g->a + r * g->a_row;
@@ -146,8 +170,10 @@ static void op_half(tile_args *g) {
         for (int64_t i = 0; i < g->lanes; i++) {
             float x = a[i * g->a_lane];
             uint32_t magnitude = (uint32_t)as_i32(x) & 0x7fffffffu;
-            row += magnitude >= 0x477ff000u && magnitude < 0x7f800000u;
-            d[i] = round_half(x);
+            float y = round_half(x), size = of_i32(as_i32(y) & 0x7fffffff);
+            bool over = size > g->imm;
+            row += over && magnitude < 0x7f800000u;
+            d[i] = over ? of_i32((as_i32(y) & INT32_MIN) | 0x7f800000) : y;
         }
         overflows += row;
     }

@@ -414,7 +414,7 @@ def _scatter_along(s: Source) -> Case:
 
 def _layer_norm(s: Source) -> Case:
     x = s.floats((*s.shape(0, 2), s.integer(2, 8)))
-    axes = tuple(range(x.ndim - s.integer(1, x.ndim), x.ndim))
+    axes = s.axes(x.ndim)
     inputs = {"x": x}
     for name in ("gamma", "beta"):
         if s.flag():

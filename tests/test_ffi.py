@@ -24,7 +24,10 @@ def python(program, **environment):
 
 
 def test_importing_loads_nothing():
-    program = "import sys, anert.ffi; print([m for m in ('numpy', 'cffi', '_cffi_backend', 'anert._native') if m in sys.modules])"
+    program = """
+import sys, anert.ffi
+print([name for name in ("numpy", "cffi", "_cffi_backend", "anert._native") if name in sys.modules])
+"""
     assert python(program) == "[]"
 
 
@@ -92,7 +95,7 @@ def test_status_becomes_exception(status, kind):
         err.message = b"expected 3, got %d" % argument
         return status
 
-    with pytest.raises(errors.AnertError, match="^expected 3, got 4$") as raised:
+    with pytest.raises(errors.AnertError, match=r"^expected 3, got 4$") as raised:
         native.call(function, 4)
     assert type(raised.value) is kind
 

@@ -1,4 +1,4 @@
-"""fp16 conversions, bit for bit: NumPy is the oracle for numbers, the hardware's rule for NaN, on every instruction set."""
+"""fp16 conversions, bit for bit, on every instruction set: NumPy is the oracle, the hardware's rule that for NaN."""
 
 import functools
 import os
@@ -64,7 +64,7 @@ ALL = np.arange(65536, dtype=np.uint16)
 
 
 def hard_cases():
-    """Every half, every midpoint between neighbours, and the floats beside each; the edges of fp32; a million patterns."""
+    """Every half, every midpoint between neighbours and the floats beside it, the edges of fp32, a million patterns."""
     finite = ALL[(ALL & 0x7FFF) < 0x7C00].view(np.float16).astype(np.float32)
     positive = np.sort(finite[np.signbit(finite) == 0])
     ties = np.append((positive[1:] + positive[:-1]) / 2, np.float32(65520))
@@ -72,7 +72,8 @@ def hard_cases():
     exact = np.concatenate([positive, ties, *around])
     edges = np.array(
         [0x00000000, 0x00000001, 0x007FFFFF, 0x00800000, 0x33000000, 0x33000001, 0x32FFFFFF, 0x7F7FFFFF, 0x7F800000,
-         0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF, 0x7F801FFF, 0x7F802000], np.uint32).view(np.float32)  # fmt: skip
+         0x7F800001, 0x7FBFFFFF, 0x7FC00000, 0x7FFFFFFF, 0x7F801FFF, 0x7F802000], np.uint32)  # fmt: skip
+    edges = edges.view(np.float32)
     random = np.random.default_rng(0).integers(0, 1 << 32, 1_000_000, np.uint32).view(np.float32)
     return np.concatenate([exact, -exact, edges, -edges, random])
 
@@ -258,7 +259,9 @@ PROBE = r"""
 void probe_down(const float *s, uint16_t *d, size_t n) { K->f32_to_f16(s, d, n); }
 void probe_up(const uint16_t *s, float *d, size_t n) { K->f16_to_f32(s, d, n); }
 size_t probe_count(const float *s, size_t n) { return K->count_past(s, n); }
-void probe_turn(const uint16_t *s, size_t ss, uint16_t *d, size_t ds, size_t r, size_t c) { K->transpose(s, ss, d, ds, r, c); }
+void probe_turn(const uint16_t *s, size_t ss, uint16_t *d, size_t ds, size_t r, size_t c) {
+    K->transpose(s, ss, d, ds, r, c);
+}
 void probe_down_block(const float *s, size_t ss, uint16_t *d, size_t ds, size_t r, size_t c) {
     K->transpose_f32_to_f16(s, ss, d, ds, r, c);
 }

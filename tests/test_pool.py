@@ -210,7 +210,7 @@ def test_bad_pools():
     for threads in (-1, 1025):
         with pytest.raises(InputError, match="1 to 1024 threads"):
             native.Pool(threads)
-    with pytest.raises(InputError, match="'sse9'.*avx2"):
+    with pytest.raises(InputError, match=r"'sse9'.*avx2"):
         native.Pool(1, "sse9")
     missing = [name for name in native.ISAS if name not in native.isas()]
     for name in missing:

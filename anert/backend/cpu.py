@@ -19,7 +19,7 @@ import numpy as np
 
 from anert.backend.base import Backend, Binding, Port, Program, ProgramStats
 from anert.backend.emit import Emitted, Emitter
-from anert.backend.fuse import Fuser, retarget
+from anert.backend.fuse import Fuser, prune, retarget
 from anert.backend.lower import Lowering, OpLowering
 from anert.capabilities import CPU, Capabilities
 from anert.errors import CompileError, InputError, StateError
@@ -172,6 +172,7 @@ class CpuBackend(Backend):
         """The Program of a Function without a way through text. Not counted, not cached."""
         lowering = Lowering(function, self.precision)
         graph = lowering.run(lowerings())
+        prune(graph)
         retarget(graph)
         units = Fuser(graph, self.fuse).run()
         emitted = Emitter(graph, units, self.precision).run()

@@ -174,6 +174,20 @@ def retarget(graph: Graph) -> None:
     graph.link()
 
 
+def prune(graph: Graph) -> None:
+    """Drop nodes whose results nobody reads."""
+    graph.link()
+    live: set[Node] = set()
+    stack = [n for n in graph.nodes if any(r.root.place == "output" for r in n.written())]
+    while stack:
+        n = stack.pop()
+        if n not in live:
+            live.add(n)
+            stack.extend(w for ref in (*n.refs(), *n.written()) for w in ref.root.writers)
+    graph.nodes = [n for n in graph.nodes if n in live]
+    graph.link()
+
+
 class Fuser:
     """Groups the nodes of a graph into units, greedily in node order."""
 
@@ -182,6 +196,7 @@ class Fuser:
         self.unit_of: dict[Node, Unit] = {}
         self.units: list[Unit] = []
         self.before: dict[Node, list[Node]] = self._dependencies()
+        self.positions = {n: i for i, n in enumerate(graph.nodes)}
 
     def _dependencies(self) -> dict[Node, list[Node]]:
         """Nodes that each node waits for: writers of what it reads, and earlier writers of what a scatter adds to."""
@@ -211,8 +226,11 @@ class Fuser:
             return None
         joined: Unit | None = None
         order = sorted((u for u in deps if u.space is not None), key=lambda u: -self.units.index(u))
+        order += self._siblings(n, deps)
         for unit in order:
             own = [n] if joined is None else joined.nodes
+            if unit is joined or unit not in self.units:
+                continue
             nodes = sorted([*unit.nodes, *own], key=self._position)
             others = (deps if joined is None else joined.deps) | unit.deps
             if len(nodes) > MAX_MEMBERS or self._cycle(others, unit, joined):
@@ -228,10 +246,20 @@ class Fuser:
             joined = unit
         return joined
 
+    def _siblings(self, n: Node, deps: set[Unit]) -> list[Unit]:
+        """Units that read what n reads, from the same place: one load serves both."""
+        found = []
+        for ref in n.refs():
+            for other in ref.root.readers:
+                unit = self.unit_of.get(other)
+                if unit is None or unit.space is None or unit in deps or unit in found:
+                    continue
+                if any(o.root is ref.root and o.is_whole() == ref.is_whole() for o in other.refs()):
+                    found.append(unit)
+        return found
+
     def _position(self, n: Node) -> int:
-        if not hasattr(self, "_positions"):
-            self._positions = {m: i for i, m in enumerate(self.graph.nodes)}
-        return self._positions[n]
+        return self.positions[n]
 
     def _replace(self, old: Unit, new: Unit) -> None:
         """`old` has become part of `new`."""

@@ -11,12 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from anert.backend.views import Transform
 from anert.backend.nodes import Graph, Imm, Node, Ref, Root, Source
 from anert.errors import UnsupportedError
 from anert.mil.graph import Function, Op, Value
 
 PORT_STORAGE = {"fp16": "f16", "fp32": "f32", "int32": "i32", "bool": "u8", "int8": "i8", "uint8": "u8"}
 """How a port of a MIL dtype lies in its surface."""
+
+CONTRACTION_LIMIT = 32752.0
+PULLED = frozenset({"add", "sub", "mul"})
+"""Ops that are written twice rather than kept in memory between two views."""
 
 OpLowering = Callable[["Lowering", Op], list[Ref]]
 
@@ -40,6 +45,8 @@ class Lowering:
         self.graph = Graph()
         self.refs: dict[Value, Ref] = {}
         self.label = ""
+        self.makers: dict[Root, Node] = {}
+        """The elementwise node behind a root that has no other writer."""
 
     def run(self, table: dict[str, OpLowering]) -> Graph:
         """Lower everything. Raises UnsupportedError naming the op that has no lowering."""
@@ -135,7 +142,8 @@ class Lowering:
             else:
                 ins.append(s if isinstance(s, Imm) else Imm(float(s)))
         out = Ref.of(self.new(shape, dtype))
-        self.graph.add(Node("ew", op, shape, tuple(ins), out, args=args, label=self.label))
+        node = Node("ew", op, shape, tuple(ins), out, args=args, label=self.label)
+        self.makers[out.root] = self.graph.add(node)
         return out
 
     def write(self, out: Ref, source: Source) -> None:
@@ -172,6 +180,23 @@ class Lowering:
         self.write(out, x)
         return out
 
+    def pulled(self, x: Ref, transform: Transform) -> Ref:
+        """x after a transform that always has a view. If x was just computed elementwise by a cheap op, that op is written
+        again on transformed operands, so that its reader can be fused with it."""
+        view = x.must(*transform)
+        maker = self.makers.get(x.root)
+        if maker is None or maker.op not in PULLED or not x.is_whole():
+            return view
+        sources: list[Source] = []
+        for s in maker.sources:
+            if isinstance(s, Ref):
+                shaped = s.view("reshape", x.shape)
+                if shaped is None:
+                    return view
+                s = shaped.must(*transform)
+            sources.append(s)
+        return self.ew(maker.op, view.shape, *sources)
+
     def gemm(self, a: Ref, b: Ref, shape: Sequence[int], alpha: float = 1.0, dtype: str = "f32") -> Ref:
         """a (..., m, k) times b (..., k, n), batch dims equal, into (..., m, n)."""
         out = Ref.of(self.new(shape, dtype))
@@ -182,9 +207,13 @@ class Lowering:
         self.graph.add(Node(kind, "", tuple(shape), tuple(sources), out, args=args, label=self.label))
         return out
 
-    def rounded(self, x: Ref, dtype: str) -> Ref:
-        """In precision fp16, x rounded to fp16 and its overflows counted under this op's name; else x."""
+    def rounded(self, x: Ref, dtype: str, contraction: bool = False) -> Ref:
+        """In precision fp16, x rounded to fp16 and its overflows counted under this op's name; else x.
+
+        A contraction's result past 32752 is inf, as on the ANE (ane_facts section 5).
+        """
         if self.precision != "fp16" or dtype != "fp16":
             return x
         self.graph.counters.append(self.label)
-        return self.ew("half", x.shape, x, counter=len(self.graph.counters) - 1)
+        limit = CONTRACTION_LIMIT if contraction else 65504.0
+        return self.ew("half", x.shape, x, counter=len(self.graph.counters) - 1, limit=limit)

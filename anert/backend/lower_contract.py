@@ -9,7 +9,7 @@ import numpy as np
 from anert.backend.lower import Lowering, OpLowering, is_float
 from anert.backend.lower_ops import softmax_of
 from anert.backend.nodes import Imm, Ref
-from anert.mil.graph import Op
+from anert.mil.graph import Op, Value
 
 
 def swapped(x: Ref) -> Ref:
@@ -26,7 +26,7 @@ def _result(low: Lowering, op: Op, y: Ref) -> list[Ref]:
     """y in the op's shape and dtype, rounded where the precision says so."""
     if not is_float(op.out.dtype):
         y = low.ew("to_i32", y.shape, y, dtype="i32")
-    y = low.rounded(y, op.out.dtype)
+    y = low.rounded(y, op.out.dtype, contraction=True)
     return [y if y.shape == op.out.shape else low.reshape(y, op.out.shape)]
 
 
@@ -94,8 +94,50 @@ def _bias(low: Lowering, op: Op, y: Ref) -> Ref:
     return low.ew("add", y.shape, y, low.reshape(bias, (1, bias.shape[0], *(1,) * (len(y.shape) - 2))))
 
 
+def _exchange(weight: np.ndarray | None, groups: int, turned: bool) -> tuple[int, np.ndarray] | None:
+    """(block, factors) if a constant 1x1 weight does nothing but exchange neighbouring blocks of channels and scale them, as
+    rotary embeddings write it; `turned` for conv_transpose. Channel c of the result is factors[c] times channel c of the
+    other half of its pair of blocks."""
+    if weight is None or weight.shape[0] % groups or any(d != 1 for d in weight.shape[2:]):
+        return None
+    n = weight.shape[1]
+    w = weight.reshape(groups, -1, n).astype(np.float32)
+    if w.shape[1] != n:
+        return None
+    w = w.transpose(0, 2, 1) if turned else w
+    if np.any(np.count_nonzero(w, axis=2) != 1):
+        return None
+    source = np.argmax(w != 0, axis=2)  # (groups, n)
+    block = abs(int(source[0, 0]))
+    channel = np.arange(n)
+    if block == 0 or n % (2 * block) or np.any(source != (channel // block ^ 1) * block + channel % block):
+        return None
+    return block, np.take_along_axis(w, source[:, :, None], 2).reshape(-1)
+
+
+def _exchanged(low: Lowering, op: Op, x: Ref, turned: bool) -> Ref | None:
+    """x (N, C, *D) with channel blocks exchanged and scaled, without a GEMM; None if the weight does something else."""
+    w = op.inputs["weight"]
+    assert isinstance(w, Value)
+    plain = all(s == 1 for s in op.attrs["strides"]) and not any(op.attrs["pad"]) and op.out.shape == x.shape
+    found = _exchange(w.const, op.attrs["groups"], turned) if plain else None
+    if found is None:
+        return None
+    block, factors = found
+    n, groups = x.shape[0], op.attrs["groups"]
+    paired = (n, groups, x.shape[1] // groups // (2 * block), 2, block, math.prod(x.shape[2:]))
+    cut = tuple((1, 2, -1) if axis == 3 else (0, extent, 1) for axis, extent in enumerate(paired))
+    scale = low.constant(factors.reshape(1, *paired[1:5], 1))
+    y = low.ew("mul", paired, low.pulled(low.reshape(x, paired), ("slice", cut)), scale)
+    return low.reshape(y, op.out.shape)
+
+
 def conv(low: Lowering, op: Op) -> list[Ref]:
     from anert.mil.ops.conv import conv_pads
+
+    exchanged = _exchanged(low, op, low.ref(op, "x"), turned=False)
+    if exchanged is not None:
+        return _result(low, op, _bias(low, op, exchanged))
 
     x, w, groups = low.ref(op, "x"), low.ref(op, "weight"), op.attrs["groups"]
     pads = conv_pads(x.shape, w.shape, op.attrs)
@@ -108,17 +150,12 @@ def conv(low: Lowering, op: Op) -> list[Ref]:
     if w.shape[2:] == (1, 1) and strides == (1, 1) and not any(p for pair in pads for p in pair):
         columns = low.reshape(x, (n, groups, g_in, out_h * out_w))
     else:
-        columns = Ref.of(low.new((n, groups * g_in, w.shape[2], w.shape[3], out_h, out_w), _columns_dtype(x)))
+        columns = Ref.of(low.new((n, groups * g_in, *w.shape[2:], out_h, out_w), x.dtype))
         dilations = _pair(op.attrs["dilations"], 1)
         _im2col(low, "im2col", columns, x, strides, dilations, (top, left))
         columns = columns.must("reshape", (n, groups, g_in * w.shape[2] * w.shape[3], out_h * out_w))
     y = product(low, weights, columns)
     return _result(low, op, _bias(low, op, low.reshape(y, op.out.shape)))
-
-
-def _columns_dtype(x: Ref) -> str:
-    """Columns are copies: they keep the storage type of what they copy."""
-    return x.dtype
 
 
 def _im2col(low: Lowering, kind: str, columns: Ref, image: Ref, strides: tuple[int, int], dilations: tuple[int, int],
@@ -135,6 +172,9 @@ def conv_transpose(low: Lowering, op: Op) -> list[Ref]:
     """Columns = W^T x, added up where they overlap: the adjoint of conv's im2col."""
     from anert.mil.ops.conv import transpose_crop
 
+    exchanged = _exchanged(low, op, low.ref(op, "x"), turned=True)
+    if exchanged is not None:
+        return _result(low, op, _bias(low, op, exchanged))
     x, w, groups = low.ref(op, "x"), low.ref(op, "weight"), op.attrs["groups"]
     crop = transpose_crop(x.shape, w.shape, op.attrs)
     x, w = _plane(x), _plane(w)
@@ -146,9 +186,12 @@ def conv_transpose(low: Lowering, op: Op) -> list[Ref]:
         "reshape", (n, groups * g_out, w.shape[2], w.shape[3], x.shape[2], x.shape[3])
     )
     out_h, out_w = (op.out.shape[2], op.out.shape[3]) if len(op.out.shape) == 4 else (1, op.out.shape[2])
-    image = Ref.of(low.new((n, groups * g_out, out_h, out_w)))
+    strides, shape = _pair(op.attrs["strides"], 1), (n, groups * g_out, out_h, out_w)
+    if columns.shape[2:] == (1, 1, out_h, out_w) and strides == (1, 1) and not any(start for start, _ in crop):
+        return _result(low, op, _bias(low, op, columns.must("reshape", op.out.shape)))
+    image = Ref.of(low.new(shape))
     pad = _pair(tuple(start for start, _ in crop), 0)
-    _im2col(low, "col2im", columns, image, _pair(op.attrs["strides"], 1), _pair(op.attrs["dilations"], 1), pad)
+    _im2col(low, "col2im", columns, image, strides, _pair(op.attrs["dilations"], 1), pad)
     return _result(low, op, _bias(low, op, image.must("reshape", op.out.shape)))
 
 

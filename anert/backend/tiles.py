@@ -86,6 +86,7 @@ class _Value:
     sources: tuple[int | Imm, ...] = ()
     view: View | None = None
     counter: int = -1
+    limit: float = 0.0
     stores: list[View] = field(default_factory=list)
     number: int = -1
     kept: View | None = None
@@ -246,7 +247,8 @@ class TileBuilder:
         for i in imms[1:]:
             if sources[i] != sources[imms[0]]:
                 sources[i] = self._add(_Value(0, phase, "mov", (sources[i],)))
-        return self._add(_Value(kind, phase, n.op, tuple(sources), counter=n.args.get("counter", -1)))
+        return self._add(_Value(kind, phase, n.op, tuple(sources), counter=n.args.get("counter", -1),
+                                limit=n.args.get("limit", 0.0)))  # fmt: skip
 
     def _store(self, number: int, view: View, full: bool) -> None:
         """A store varies over all that its view varies over, so its value is widened if it varies over less."""
@@ -413,7 +415,7 @@ class _Schedule:
         abc = [n for n, _ in operands] + [-1] * (3 - len(operands))
         out = self._fresh() if again or v.phase & 1 == 0 else v.number
         counter = -1 if again else v.counter
-        self.instrs.append(Instr(v.op, v.kind, phase, out, abc[0], abc[1], abc[2], -1, imm.value if imm else 0.0,
+        self.instrs.append(Instr(v.op, v.kind, phase, out, abc[0], abc[1], abc[2], -1, imm.value if imm else v.limit,
                                  bool(imm and imm.bits), counter))  # fmt: skip
         return out
 

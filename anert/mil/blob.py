@@ -75,7 +75,6 @@ class BlobWriter:
         return _FILE.pack(self._count, 2) + b"".join(self._parts[:-1])
 
 
-
 class BlobDirectory:
     """A weight file per constant, `<folder>/<name>.bin`: the form that the M1's compiler accepts (ane_facts 1.7)."""
 

@@ -72,7 +72,7 @@ def to_array(literal: Literal, dtype: str, shape: tuple[int, ...]) -> np.ndarray
         return np.empty(shape, DTYPES[dtype])
     if not shape:
         if raw.startswith(("[", '"')) or not raw:
-            raise ValueError(f"a {dtype}")
+            raise ValueError("one number")
         return _convert([raw], dtype).reshape(())
     if not raw.startswith("["):
         raise ValueError(f"{size} numbers in brackets")

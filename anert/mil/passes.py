@@ -6,7 +6,7 @@ anywhere before a kernel takes its wire form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -94,13 +94,11 @@ def _evaluate(op: Op, mapping: Mapping, exact: bool) -> list[np.ndarray] | None:
 
     inputs = {k: tuple(map(array, v)) if isinstance(v, tuple) else array(v) for k, v in op.inputs.items()}
     try:
-        with np.errstate(all="ignore"):
-            results = lookup(op.kind).numpy(inputs, op.attrs)
+        results = lookup(op.kind).evaluate(inputs, op.attrs)
     except AnertError:
         return None  # such as an index out of range: an error of the run, not of the program
     arrays = []
-    for old, result in zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True):
-        computed = np.asarray(result)
+    for old, computed in zip(op.outputs, results, strict=True):
         with np.errstate(all="ignore"):
             folded = computed.astype(DTYPES[old.dtype])
         if exact and not np.array_equal(folded.astype(computed.dtype), computed, equal_nan=folded.dtype.kind == "f"):
@@ -265,6 +263,3 @@ def _key(attr: Any) -> Any:
     if isinstance(attr, tuple):
         return tuple(_key(v) for v in attr)
     return (type(attr).__name__, attr.hex() if isinstance(attr, float) else attr)
-
-
-Pass = Callable[[Function], Function]

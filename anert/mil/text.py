@@ -27,7 +27,7 @@ BUILD_INFO: Mapping[str, str] = {
     "coremltools-component-milinternal": "",
     "coremltools-version": "9.0",
 }
-"""Printed where a Module has no buildInfo of its own: the engine wants the entry, whatever its values (ane_facts 3.1)."""
+"""Printed where a Module has no buildInfo of its own: the engine wants the entry, whatever it says (ane_facts 3.1)."""
 
 BLOB_THRESHOLD = 10
 """Constants of this many elements go to the weight file when there is one, as coremltools does it."""

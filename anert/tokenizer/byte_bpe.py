@@ -137,13 +137,13 @@ class ByteBPETokenizer(Tokenizer):
         ids: list[int] = []
         at = 0
         for match in self._special_pattern.finditer(text):
-            ids += self._encode(text[at : match.start()], at == 0)
+            ids += self._encode(text[at : match.start()], True)
             ids.append(self.specials[match[0]])
             at = match.end()
-        return ids + self._encode(text[at:], at == 0)
+        return ids + self._encode(text[at:], True)
 
     def _encode(self, text: str, first: bool) -> list[int]:
-        if first and text and self.vocabulary.add_prefix_space and not text[0].isspace():
+        if first and text and self.vocabulary.add_prefix_space and text[0] != " ":
             text = " " + text
         words = self._splits[0].findall(text) if self._covers else self._split(text)
         return list(chain.from_iterable(map(self._cache.__getitem__, words)))

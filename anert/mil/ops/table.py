@@ -135,7 +135,7 @@ def fit(what: str, value: Any, dtype: str) -> np.ndarray:
 
 def _scalar(what: str, kind: str, value: Any, dtype: str) -> Any:
     """One attribute value checked against its MIL type; `fp` takes the value that `dtype` can hold."""
-    if kind == "fp" and not isinstance(value, (str, tuple)):
+    if kind == "fp" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(fit(what, value, dtype if dtype in ("fp16", "fp32") else "fp32"))
     expected = {"int32": int, "bool": bool, "string": str}.get(kind)
     if expected is None or not isinstance(value, expected) or (kind == "int32" and isinstance(value, bool)):
@@ -158,9 +158,6 @@ def attribute(kind: str, arg: Arg, value: Any, dtype: str) -> Any:
 
 def _attributes(row: OpDef, given: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Every attribute of `row`: given or default, checked."""
-    for k in given:
-        if row.arg(k).kind != "attr":
-            raise ShapeError(f"{row.kind}: argument {k!r} must be a tensor")
     attributes = {}
     for a in row.args:
         if a.kind == "attr":
@@ -193,6 +190,9 @@ def emit(kind: str, inputs: Mapping[str, Operand | None], attrs: Mapping[str, An
     are always complete. `const` needs `function`. Raises ShapeError or UnsupportedError.
     """
     row = lookup(kind)
+    for k in attrs or {}:
+        if row.arg(k).kind != "attr":
+            raise ShapeError(f"{kind}: argument {k!r} must be a tensor")
     operands = _operands(row, {k: v for k, v in inputs.items() if v is not None})
     first = next((v[0] if isinstance(v, tuple) else v for v in operands.values()), None)
     fn = first.function if first is not None else function
