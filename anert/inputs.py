@@ -101,7 +101,7 @@ def open_model(plugin: Plugin, path: Path, tokenizer: str) -> tuple[Decoder, Map
         raise InputError(f"{path} brings no tokenizer: pass --tokenizer FILE, the one that it was trained with")
     vocabulary = load_tokenizer(source)
     if vocabulary.vocab_size > config.vocab_size:
-        raise InputError(f"{source} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}: another tokenizer's?")
+        raise InputError(f"{source} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}: another's?")
     return preset.model(config), tensors, vocabulary
 
 
@@ -161,11 +161,12 @@ def open_data(
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: pass the tokenizer that it was trained with"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            "pass the tokenizer that it was trained with"
         )
     dataset = yield from waited(
         "tokenize", "B",
-        lambda progress: data.prepare(source, tokenizer, cache, config.seq_len, options.val, config.vocab_size, progress),
+        lambda report: data.prepare(source, tokenizer, cache, config.seq_len, options.val, config.vocab_size, report),
     )  # fmt: skip
     if dataset.note:
         yield Notice("warning", dataset.note)
@@ -228,7 +229,7 @@ def estimate_run(runtime: Runtime, model: Decoder, specs: Mapping[str, Spec], op
     free = shutil.disk_usage(anchor).free
     if disk > free:
         raise DoesNotFit(
-            f"{options.keep} checkpoints and one being written need {disk / 2**20:.0f} MiB, {anchor} has {free / 2**20:.0f} MiB free: "
-            "choose another --out or a smaller --keep"
+            f"{options.keep} checkpoints and one being written need {disk / 2**20:.0f} MiB, "
+            f"{anchor} has {free / 2**20:.0f} MiB free: choose another --out or a smaller --keep"
         )
     return need

@@ -56,7 +56,8 @@ class Decoder:
             kv = getattr(config, "n_kv_heads", heads)
             if heads < 1 or kv < 1 or config.dim % heads or heads % kv:
                 raise InputError(
-                    f"dim {config.dim}, n_heads {heads}, n_kv_heads {kv}: dim must divide by n_heads and n_heads by n_kv_heads"
+                    f"dim {config.dim}, n_heads {heads}, n_kv_heads {kv}: "
+                    "dim must divide by n_heads and n_heads by n_kv_heads"
                 )
         self.config = config
 
