@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ class Weights:
     tokenizer: Path | None = None
 
 
-def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) -> Iterator[Event]:
+def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) -> Generator[Event, None, Weights]:
     """Yields notices; returns the Weights that `--init` names. The config follows a checkpoint that is given."""
     from anert import checkpoint
     from anert.formats import llama2c
@@ -137,7 +137,7 @@ class Data:
 
 def open_data(
     plugin: Plugin, preset: Preset, config: Any, options: TrainOptions, out: Path, weights: Weights
-) -> Iterator[Event]:
+) -> Generator[Event, None, Data]:
     """Yields progress; returns the Data: tokenizer found or trained, text written or read, tokenized, mapped."""
     from anert import data
     from anert.tokenizer import load_tokenizer
@@ -174,7 +174,7 @@ def open_data(
     return Data(dataset, tokenizer, f"{tokenizer.kind} {tokenizer.vocab_size} ({name})", source.name, config)
 
 
-def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Path) -> Iterator[Event]:
+def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Path) -> Generator[Event, None, Path]:
     from anert.train import waited
 
     name = preset.dataset or next(iter(plugin.datasets), "")
@@ -190,7 +190,7 @@ def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Pa
     return path
 
 
-def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Iterator[Event]:
+def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Event, None, Tokenizer]:
     """A byte-level BPE trained on the text, kept in the run's cache."""
     from anert import data
     from anert.tokenizer import ByteBPETokenizer, load_tokenizer

@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,7 +76,7 @@ class TrainOptions:
     """0: the backend's own."""
 
 
-def waited(task: str, unit: str, work: Callable[[Callable[[float, float], None]], T]) -> Iterator[Event]:
+def waited(task: str, unit: str, work: Callable[[Callable[[float, float], None]], T]) -> Generator[Event, None, T]:
     """Run `work(progress)` in a thread and yield its progress(done, total) at most four times a second; returns its
     result."""
     ticks: queue.SimpleQueue[tuple[float, float] | None] = queue.SimpleQueue()
@@ -171,7 +171,7 @@ class Trainer:
         from anert.optim import OPTIMIZERS, LossScale, warmup_cosine
 
         o = self.options
-        known = {**OPTIMIZERS, **self.plugin.optimizers}
+        known: dict[str, Any] = {**OPTIMIZERS, **self.plugin.optimizers}
         if o.optimizer not in known:
             raise InputError(f"--optimizer {o.optimizer!r} is not known: choose {', '.join(known)}")
         self.optimizer = known[o.optimizer](self.store, o.beta1, o.beta2, o.eps, o.weight_decay)
@@ -213,9 +213,8 @@ class Trainer:
         from anert import checkpoint
 
         start = time.perf_counter()
-        optim = {}
-        for name, p in self.store.items():
-            optim[f"{name}.m"], optim[f"{name}.v"] = p.m, p.v
+        moments = ((name, kind, getattr(p, kind)) for name, p in self.store.items() for kind in ("m", "v"))
+        optim = {f"{name}.{kind}": value for name, kind, value in moments if value is not None}
         path = checkpoint.save(self.out, self.step, self.store.tensors(), optim, self.state(), self.data.tokenizer,
                                best=best, keep=self.options.keep)  # fmt: skip
         self.saved_step, self.saved_path = self.step, str(path)
