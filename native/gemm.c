@@ -58,10 +58,12 @@ static void *at(anert_matrix x, int64_t batch, int64_t row, int64_t col) {
 
 static int64_t divide_up(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
-/* Depth of a block of k: equal blocks, as few as the kernel's kc allows, of whole vectors. */
+/* Depth of a block of k, 1 at least: equal blocks, as few as the kernel's kc allows, of whole vectors. */
 static int64_t block_depth(const gemm_kernel *kernel, int64_t k) {
-    int64_t blocks = MAX(divide_up(k, kernel->kc), 1);
-    return MIN(ROUND_UP(divide_up(k, blocks), 16 * kernel->pair), MAX(k, 1));
+    if (k == 0)
+        return 1;
+    int64_t blocks = divide_up(k, kernel->kc);
+    return MIN(ROUND_UP(divide_up(k, blocks), 16 * kernel->pair), k);
 }
 
 static int64_t block_words(const gemm_kernel *kernel, int64_t depth) { return divide_up(depth, kernel->pair); }
