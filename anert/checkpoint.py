@@ -214,8 +214,12 @@ def _verify(path: Path, name: str, entry: Any) -> None:
 
 def _require_finite(tensors: Mapping[str, NDArray[Any]]) -> None:
     for name, tensor in tensors.items():
+        if tensor.dtype.kind != "f":
+            continue
         # A float64 sum of finite fp32 or fp16 values is finite; NaN and inf survive it. It needs no memory of its own.
-        if tensor.dtype.kind == "f" and not math.isfinite(float(tensor.sum(dtype=np.float64))):
+        with np.errstate(invalid="ignore"):
+            total = float(tensor.sum(dtype=np.float64))
+        if not math.isfinite(total):
             at = np.unravel_index(int(np.argmin(np.isfinite(tensor))), tensor.shape)
             where = ", ".join(map(str, at))
             raise NonFiniteError(f"{name}[{where}] is {tensor[at]}: not saved, the last checkpoint stays as it is")

@@ -171,11 +171,11 @@ typedef struct {
     int32_t writable;
 } anert_buffer;
 typedef struct {
-    int32_t buffer; /* -1: scratch that belongs to the running thread and, in a tile program, to the tile */
+    int32_t buffer; /* -1: scratch of the running tile; -2: scratch of the running place of a region */
     int32_t dtype;
     int64_t offset;
     int64_t strides[6];
-    int64_t loops[3]; /* strides of an enclosing region: outer, group, query block; else 0 */
+    int64_t loops[4]; /* strides of the enclosing region's loops: three batch dims, query row; else 0 */
 } anert_view;
 
 /* Tile programs: instructions over registers of fp32 (int32 for I32_*) lanes. A register varies over the lanes (bit 0 of
@@ -216,10 +216,16 @@ typedef struct {
  * ARG       dims: the box of x, the axis last; views y int32, x; args[0]: 1 largest, 0 smallest; the first of equals.
  * IM2COL    dims: batch, channels, kernel h, kernel w, out h, out w; views y (6 dims), x (batch, channels, -, -, h, w); args: stride
  *           h, w, dilation h, w, pad top, left, input h, w. Outside the input is 0.
+ * REGION    the next args[1] steps, TILE and GEMM, run for every place of dims 0 to 2 (batch) and every block of args[0] rows
+ *           of dim 3 (queries), last block first, on thread-private scratch of args[4] bytes: attention without a (T, T)
+ *           matrix in memory. Dim 4 is the keys; args[2]: 1 if rows [q, q + n) need the keys [0, q + n + args[3]) alone.
+ *           args[5]: 1 if blocks are independent of each other. In its tile programs rows are queries and lanes keys; its
+ *           GEMMs say in args[0] and args[1] which of m, n, k (0, 1, 2; -1 none) is the query and the key, and in args[2]
+ *           whether blocks add up in C.
  * COL2IM    the adjoint: dims as IM2COL; views y the columns, x the image, which is set to the sum of its columns. */
 enum {
     ANERT_STEP_TILE, ANERT_STEP_GEMM, ANERT_STEP_GATHER, ANERT_STEP_SCATTER, ANERT_STEP_ARG, ANERT_STEP_IM2COL,
-    ANERT_STEP_COL2IM, ANERT_STEP_KINDS
+    ANERT_STEP_COL2IM, ANERT_STEP_REGION, ANERT_STEP_KINDS
 };
 enum {
     ANERT_SCATTER_UPDATE, ANERT_SCATTER_ADD, ANERT_SCATTER_SUB, ANERT_SCATTER_MUL, ANERT_SCATTER_DIV, ANERT_SCATTER_MAX,

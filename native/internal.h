@@ -36,7 +36,8 @@ void anert_pool_enter(anert_pool *pool);
 void anert_pool_leave(anert_pool *pool);
 int32_t anert_isa_best(void); /* what ANERT_ISA_AUTO means here */
 /* Per-thread scratch that grows and stays: at least nbytes, 64-byte aligned; NULL if memory was not granted. Call it for
- * all threads before entering a parallel region. slot separates users that nest (gemm 0, tile 1, plan 2, head 3). */
+ * all threads before entering a parallel region. slot separates users that nest (gemm 0, tile 1, plan 2,
+ * head 3, optim 4). */
 void *anert_pool_scratch(anert_pool *pool, int32_t thread, int32_t slot, size_t nbytes);
 
 /* fp16.c: row converters of one instruction set, any alignment, any n >= 0. */

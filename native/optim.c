@@ -7,7 +7,7 @@
 
 #include "internal.h"
 
-enum { LANES = 16, CHUNK = 1 << 14, BLOCK = 64, BAND = 256, ROW_PART = 1024, SERIAL = 1 << 15 };
+enum { LANES = 16, CHUNK = 1 << 14, WIDE = 1 << 17, BLOCK = 64, ROW_PART = 1024, SERIAL = 1 << 15, SLOT = 4 };
 
 /* ---- Loops ---- */
 typedef struct {
@@ -147,6 +147,7 @@ typedef struct {
     int64_t tile_rows, tile_cols, across; /* tiles along a row */
     const anert_placement *placements;
     int32_t n_placements;
+    uint16_t *wide; /* (threads, WIDE), or NULL: tiles hold a CHUNK */
     bool vector; /* a Param of one column, laid as one row: the placements' strides are swapped */
     _Atomic uint64_t clamped;
 } pass;
@@ -201,11 +202,11 @@ static void place(const pass *job, bool straight, const uint16_t *halves, int64_
 
 static void run_tile(void *arg, int64_t index, int32_t thread) {
     pass *job = arg;
-    uint16_t halves[CHUNK]; /* (tile_rows, tile_cols) */
+    uint16_t here[CHUNK];
+    uint16_t *halves = job->wide != NULL ? job->wide + (int64_t)thread * WIDE : here; /* (tile_rows, tile_cols) */
     int64_t row = index / job->across * job->tile_rows, col = index % job->across * job->tile_cols;
     int64_t rows = MIN(job->rows - row, job->tile_rows), cols = MIN(job->cols - col, job->tile_cols);
     size_t past = 0;
-    (void)thread;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < cols; c += ROW_PART) { /* what one part reads and writes stays in L1 */
             int64_t at = (row + r) * job->cols + col + c, n = MIN(cols - c, (int64_t)ROW_PART);
@@ -253,6 +254,19 @@ static anert_status check_pass(const pass *job, anert_error *err) {
     return ANERT_OK;
 }
 
+/* Tiles. Where something is transposed: BLOCK rows, as long as L2 holds their halves, since prefetchers like long rows
+ * and the copy's lines are then written once. Else a CHUNK of one row or several. */
+static void cut_tiles(anert_pool *pool, pass *job, bool blocked) {
+    int64_t threads = anert_pool_threads(pool), size = CHUNK;
+    if (blocked && job->rows * job->cols >= 2 * WIDE * threads) {
+        job->wide = anert_pool_scratch(pool, 0, SLOT, sizeof *job->wide * WIDE * (size_t)threads);
+        size = job->wide != NULL ? WIDE : CHUNK;
+    }
+    job->tile_cols = MIN(job->cols, blocked ? size / BLOCK : size);
+    job->tile_rows = blocked ? BLOCK : MAX(1, size / job->tile_cols);
+    job->across = (job->cols + job->tile_cols - 1) / job->tile_cols;
+}
+
 static void run_pass(anert_pool *pool, pass *job, uint64_t *clamped) {
     if (job->cols == 1) {
         job->vector = true;
@@ -270,14 +284,13 @@ static void run_pass(anert_pool *pool, pass *job, uint64_t *clamped) {
         job->rows = 1;
     }
     if (job->rows > 0 && job->cols > 0) {
-        /* BLOCK by BAND, a CHUNK, where something is transposed; else long rows, which prefetchers like. */
-        job->tile_cols = MIN(job->cols, (int64_t)(blocked ? BAND : CHUNK));
-        job->tile_rows = blocked ? CHUNK / BAND : MAX(1, CHUNK / job->tile_cols);
-        job->across = (job->cols + job->tile_cols - 1) / job->tile_cols;
         job->loops = loops_for(anert_pool_isa(pool));
         job->fp16 = anert_fp16_kernels_for(anert_pool_isa(pool));
+        anert_pool_enter(pool);
+        cut_tiles(pool, job, blocked);
         int64_t down = (job->rows + job->tile_rows - 1) / job->tile_rows;
         anert_parallel_for(workers(pool, job->rows * job->cols), down * job->across, run_tile, job);
+        anert_pool_leave(pool);
     }
     if (clamped != NULL)
         *clamped = job->clamped;
@@ -445,7 +458,7 @@ typedef struct {
     float *dw;
 } recipe;
 
-enum { RECIPE_ROWS = 8 };
+enum { RECIPE_ROWS = 8, BAND = 256 };
 
 static float product_of_row(const recipe *job, int64_t row) {
     float tap[ROW_PART], cot[ROW_PART];

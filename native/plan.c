@@ -9,50 +9,60 @@ static const int64_t MAX_DIM = (int64_t)1 << 40, MAX_STRIDE = (int64_t)1 << 40;
 /* ---- Validation ---- */
 static bool known_dtype(int32_t dtype) { return dtype >= ANERT_F32 && dtype <= ANERT_I8; }
 
-anert_status plan_check_reach(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int64_t extent,
-                              int64_t stride, anert_error *err) {
-    const anert_view *v = &plan->views[view];
-    if (v->buffer < 0 || v->buffer >= plan->n_buffers || !known_dtype(v->dtype))
-        return anert_fail(err, ANERT_EINVAL, "step %d: view %d has buffer %d, dtype %d", step, view, v->buffer, v->dtype);
-    __int128 low = v->offset, high = v->offset;
-    for (int32_t d = 0; d <= ANERT_DIMS; d++) {
-        int64_t n = d < ANERT_DIMS ? dims[d] : extent, s = d < ANERT_DIMS ? v->strides[d] : stride;
-        if (s > MAX_STRIDE || s < -MAX_STRIDE)
-            return anert_fail(err, ANERT_EINVAL, "step %d: view %d has a stride out of range", step, view);
-        __int128 reach = (__int128)(n - 1) * s;
-        if (reach < 0) low += reach;
-        else high += reach;
-    }
-    if (low < 0 || (high + 1) * (__int128)dtype_bytes(v->dtype) > plan->buffers[v->buffer].nbytes)
-        return anert_fail(err, ANERT_EINVAL, "step %d: view %d leaves buffer %d of %lld bytes", step, view, v->buffer,
-                          (long long)plan->buffers[v->buffer].nbytes);
-    return ANERT_OK;
+/* Adds an axis of n indices at a stride to the range of reached elements; false if the stride is out of range. */
+static bool widen(int64_t n, int64_t stride, __int128 *low, __int128 *high) {
+    if (stride > MAX_STRIDE || stride < -MAX_STRIDE) return false;
+    __int128 reach = (__int128)(n - 1) * stride;
+    if (reach < 0) *low += reach;
+    else *high += reach;
+    return true;
 }
 
-anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int32_t n_dims,
-                             int32_t write, anert_error *err) {
-    int64_t full[ANERT_DIMS];
-    for (int32_t d = 0; d < ANERT_DIMS; d++) full[d] = d < n_dims ? dims[d] : 1;
-    anert_status status = plan_check_reach(plan, step, view, full, 1, 0, err);
-    if (status) return status;
-    if (write && !plan->buffers[plan->views[view].buffer].writable)
+anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view, const view_box *box, anert_error *err) {
+    const anert_view *v = &plan->views[view];
+    const anert_step *region = plan->region;
+    bool scratch = v->buffer == SCRATCH_REGION && region != NULL;
+    if ((!scratch && (v->buffer < 0 || v->buffer >= plan->n_buffers)) || !known_dtype(v->dtype))
+        return anert_fail(err, ANERT_EINVAL, "step %d: view %d has buffer %d, dtype %d", step, view, v->buffer,
+                          v->dtype);
+    if (box->write && !scratch && !plan->buffers[v->buffer].writable)
         return anert_fail(err, ANERT_EINVAL, "step %d: view %d writes the read-only buffer %d", step, view,
-                          plan->views[view].buffer);
+                          v->buffer);
+    __int128 low = v->offset, high = v->offset;
+    bool ok = widen(MAX(1, box->extent), box->stride, &low, &high);
+    for (int d = 0; d < ANERT_DIMS; d++) {
+        int64_t n = box->dims[d];
+        if (region != NULL && d == box->query && v->loops[3] == 0) n = MIN(n, region->args[0]);
+        ok = ok && widen(n, v->strides[d], &low, &high);
+    }
+    for (int d = 0; d < 3; d++)
+        ok = ok && (region != NULL ? widen(region->dims[d], v->loops[d], &low, &high) : v->loops[d] == 0);
+    if (v->loops[3] != 0) ok = ok && region != NULL && box->query >= 0 && v->loops[3] == v->strides[box->query];
+    if (!ok) return anert_fail(err, ANERT_EINVAL, "step %d: view %d has a stride out of range", step, view);
+    int64_t nbytes = scratch ? region->args[4] : plan->buffers[v->buffer].nbytes;
+    if (low < 0 || (high + 1) * (__int128)dtype_bytes(v->dtype) > nbytes)
+        return anert_fail(err, ANERT_EINVAL, "step %d: view %d leaves buffer %d of %lld bytes", step, view, v->buffer,
+                          (long long)nbytes);
     return ANERT_OK;
 }
 
 /* GEMM: which of (batch, batch, m, n, k) the four view dims of a, b, c, bias are. */
 static const int GEMM_DIMS[4][4] = {{0, 1, 2, 4}, {0, 1, 4, 3}, {0, 1, 2, 3}, {0, 1, 2, -1}};
 
-static anert_status gemm_check(const anert_plan *plan, int32_t step, anert_error *err) {
+anert_status gemm_check(const anert_plan *plan, int32_t step, anert_error *err) {
     const anert_step *s = &plan->steps[step];
     if (s->n_views < 3 || s->n_views > 4 || (s->precision != ANERT_F32 && s->precision != ANERT_BF16) ||
         (s->beta != 0.0f && s->beta != 1.0f))
-        return anert_fail(err, ANERT_EINVAL, "step %d: gemm with %d views, precision %d", step, s->n_views, s->precision);
+        return anert_fail(err, ANERT_EINVAL, "step %d: gemm with %d views, precision %d", step, s->n_views,
+                          s->precision);
     for (int i = 0; i < s->n_views; i++) {
-        int64_t dims[4];
-        for (int d = 0; d < 4; d++) dims[d] = GEMM_DIMS[i][d] < 0 ? 1 : s->dims[GEMM_DIMS[i][d]];
-        anert_status status = plan_check_view(plan, step, s->first_view + i, dims, 4, i == 2, err);
+        view_box box = {.query = -1, .write = i == 2};
+        for (int d = 0; d < ANERT_DIMS; d++) {
+            int dim = d < 4 ? GEMM_DIMS[i][d] : -1;
+            box.dims[d] = dim < 0 ? 1 : s->dims[dim];
+            if (plan->region != NULL && dim >= 2 && dim - 2 == s->args[0]) box.query = d;
+        }
+        anert_status status = plan_check_view(plan, step, s->first_view + i, &box, err);
         if (status) return status;
         int32_t dtype = plan->views[s->first_view + i].dtype;
         if (i == 3 ? dtype != ANERT_F32 : dtype > ANERT_BF16)
@@ -61,7 +71,7 @@ static anert_status gemm_check(const anert_plan *plan, int32_t step, anert_error
     return ANERT_OK;
 }
 
-static anert_status step_check(anert_plan *plan, int32_t i, anert_error *err) {
+static anert_status shape_check(const anert_plan *plan, int32_t i, anert_error *err) {
     const anert_step *s = &plan->steps[i];
     if (s->kind < 0 || s->kind >= ANERT_STEP_KINDS)
         return anert_fail(err, ANERT_EINVAL, "step %d: kind %d is unknown", i, s->kind);
@@ -77,12 +87,28 @@ static anert_status step_check(anert_plan *plan, int32_t i, anert_error *err) {
     }
     if (s->reduced < 0 || s->reduced >= 1 << ANERT_DIMS)
         return anert_fail(err, ANERT_EINVAL, "step %d: reduced dims %d", i, s->reduced);
-    if (s->kind == ANERT_STEP_TILE) {
-        anert_status status = tile_check(plan, i, err);
+    return ANERT_OK;
+}
+
+static anert_status step_check(anert_plan *plan, int32_t i, anert_error *err) {
+    const anert_step *s = &plan->steps[i];
+    anert_status status = shape_check(plan, i, err);
+    if (status) return status;
+    if (plan->region != NULL && i > plan->region - plan->steps + plan->region->args[1]) plan->region = NULL;
+    if (plan->region != NULL && s->kind != ANERT_STEP_TILE && s->kind != ANERT_STEP_GEMM)
+        return anert_fail(err, ANERT_EINVAL, "step %d: kind %d cannot be part of a region", i, s->kind);
+    switch (s->kind) {
+    case ANERT_STEP_TILE:
+        status = tile_check(plan, i, err);
         if (status == ANERT_OK) plan->tile_scratch = MAX(plan->tile_scratch, tile_scratch_bytes(s));
         return status;
+    case ANERT_STEP_GEMM: return gemm_check(plan, i, err);
+    case ANERT_STEP_REGION:
+        status = region_check(plan, i, err);
+        plan->region = s;
+        return status;
+    default: return move_check(plan, i, err);
     }
-    return s->kind == ANERT_STEP_GEMM ? gemm_check(plan, i, err) : move_check(plan, i, err);
 }
 
 /* ---- Making ---- */
@@ -136,7 +162,7 @@ uint64_t anert_plan_counter(anert_plan *plan, int32_t i, int32_t reset) {
 }
 
 /* ---- Running ---- */
-static anert_matrix gemm_operand(const plan_run *run, const anert_view *v, int64_t outer, bool collapsed) {
+anert_matrix gemm_operand(const plan_run *run, const anert_view *v, int64_t outer, bool collapsed) {
     char *base = view_base(run, v) + outer * v->strides[0] * (int64_t)dtype_bytes(v->dtype);
     return (anert_matrix){base, v->dtype, v->strides[2], v->strides[3], v->strides[collapsed ? 0 : 1]};
 }
@@ -158,6 +184,7 @@ static anert_status step_run(const plan_run *run, const anert_step *s, anert_err
     switch (s->kind) {
     case ANERT_STEP_TILE: tile_run(run, s); return ANERT_OK;
     case ANERT_STEP_GEMM: return gemm_run(run, s, err);
+    case ANERT_STEP_REGION: return region_run(run, s, err);
     default: return move_run(run, s, err);
     }
 }
@@ -172,7 +199,10 @@ anert_status anert_plan_run(const anert_plan *plan, anert_pool *pool, void *cons
     for (int32_t t = 0; t < anert_pool_threads(pool) && status == ANERT_OK; t++)
         if (plan->tile_scratch > 0 && anert_pool_scratch(pool, t, 1, plan->tile_scratch) == NULL)
             status = anert_fail(err, ANERT_ENOMEM, "plan: no memory for %zu bytes of scratch", plan->tile_scratch);
-    for (int32_t i = 0; i < plan->n_steps && status == ANERT_OK; i++) status = step_run(&run, &plan->steps[i], err);
+    for (int32_t i = 0; i < plan->n_steps && status == ANERT_OK; i++) {
+        status = step_run(&run, &plan->steps[i], err);
+        if (plan->steps[i].kind == ANERT_STEP_REGION) i += (int32_t)plan->steps[i].args[1];
+    }
     anert_pool_leave(pool);
     return status;
 }

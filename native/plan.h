@@ -3,7 +3,8 @@
 #define ANERT_PLAN_H
 #include "internal.h"
 
-enum { TILE_REGS = 64, TILE_MAX_CHUNK = 4096, TILE_PARTIALS = 32, SCRATCH_TILE = -1 };
+enum { TILE_REGS = 64, TILE_MAX_CHUNK = 4096, TILE_PARTIALS = 32 };
+enum { SCRATCH_TILE = -1, SCRATCH_REGION = -2 };
 
 /* One instruction on one chunk: rows x lanes results. Operand x is read at x + row * x_row + lane * x_lane, x_lane 0 or 1. */
 typedef struct {
@@ -39,7 +40,8 @@ struct anert_plan {
     anert_step *steps;
     _Atomic uint64_t *counters;
     int32_t n_buffers, n_views, n_instrs, n_steps, n_counters;
-    size_t tile_scratch; /* bytes a thread needs for the largest tile program */
+    size_t tile_scratch;      /* bytes a thread needs for the largest tile program */
+    const anert_step *region; /* while checking: the region that the step belongs to, or NULL */
 };
 
 /* Where a run finds things. loops: coordinates of the enclosing region. */
@@ -48,7 +50,9 @@ typedef struct {
     anert_pool *pool;
     void *const *bases; /* bases[0] replaced by the arena */
     void *arena;
-    int64_t loops[3];
+    char *region;                  /* the place's scratch */
+    const anert_step *region_step; /* of the region being run */
+    int64_t loops[4];
     int32_t isa;
 } plan_run;
 
@@ -68,9 +72,9 @@ static inline size_t dtype_bytes(int32_t dtype) {
 }
 
 static inline char *view_base(const plan_run *run, const anert_view *v) {
-    char *base = v->buffer == 0 ? run->arena : run->bases[v->buffer];
+    char *base = v->buffer == 0 ? run->arena : v->buffer == SCRATCH_REGION ? run->region : run->bases[v->buffer];
     int64_t at = v->offset;
-    for (int d = 0; d < 3; d++) at += run->loops[d] * v->loops[d];
+    for (int d = 0; d < 4; d++) at += run->loops[d] * v->loops[d];
     return base + at * (int64_t)dtype_bytes(v->dtype);
 }
 
@@ -93,15 +97,26 @@ static inline int32_t floor_div(int32_t x, int32_t y) {
     return q - (x % y != 0 && (x < 0) != (y < 0));
 }
 
-/* EINVAL unless every element of the box `dims` of view v lies in its buffer; write: the buffer must be writable. */
-anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int32_t n_dims,
-                             int32_t write, anert_error *err);
-/* The same where an index in [0, extent) moves the view by `stride` more. */
-anert_status plan_check_reach(const anert_plan *plan, int32_t step, int32_t view, const int64_t *dims, int64_t extent,
-                              int64_t stride, anert_error *err);
+/* The box of indices that a step walks through a view. query: the dim that a region cuts into blocks, -1 if none. An index
+ * in [0, extent) moves it by `stride` more. */
+typedef struct {
+    int64_t dims[ANERT_DIMS];
+    int32_t query;
+    bool write;
+    int64_t extent, stride;
+} view_box;
+
+/* EINVAL unless every element of the box lies in the view's buffer, and that is writable if the step writes it. */
+anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view, const view_box *box, anert_error *err);
+anert_status gemm_check(const anert_plan *plan, int32_t step, anert_error *err);
 anert_status tile_check(anert_plan *plan, int32_t step, anert_error *err);
 void tile_run(const plan_run *run, const anert_step *step);
+void tile_run_serial(const plan_run *run, const anert_step *step, int32_t thread); /* on the calling thread alone */
 size_t tile_scratch_bytes(const anert_step *step);
+
+anert_matrix gemm_operand(const plan_run *run, const anert_view *view, int64_t outer, bool collapsed);
+anert_status region_check(anert_plan *plan, int32_t step, anert_error *err);
+anert_status region_run(const plan_run *run, const anert_step *step, anert_error *err); /* and the steps behind it */
 
 anert_status move_check(anert_plan *plan, int32_t step, anert_error *err);
 anert_status move_run(const plan_run *run, const anert_step *step, anert_error *err);

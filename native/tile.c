@@ -1,8 +1,9 @@
-/* tile.c: fused elementwise and reduction programs, an interpreter over register tiles that stay in the first-level cache.
+/* tile.c: fused elementwise and reduction programs: an interpreter over register tiles that stay in the first cache.
  *
- * The space of a program is a box of up to six dims, the lanes last, the rows before them. A tile is one chunk (rows x lanes)
- * at one place of the dims that are not reduced; it walks the reduced dims once per pass: pass p folds its reductions, whose
- * results pass p + 1 reads. Every output has one owner and every fold one order, whatever the threads. */
+ * The space of a program is a box of up to six dims, the lanes last, the rows before them. A tile is one chunk (rows x
+ * lanes) at one place of the dims that are not reduced; it walks the reduced dims once per pass: pass p folds its
+ * reductions, whose results pass p + 1 reads. Every output has one owner and every fold one order, whatever the
+ * threads. */
 #include "plan.h"
 
 enum { GRAIN = 16384 }; /* elements that one claim of the pool covers at least */
@@ -304,19 +305,22 @@ static void run_tile(tile_state *t, int64_t index) {
     }
 }
 
-static void tile_body(void *arg, int64_t index, int32_t thread) {
-    const tile_job *job = arg;
+static void run_tiles(const tile_job *job, int64_t first, int64_t end, int32_t thread) {
     const anert_step *s = job->step;
     tile_state t = {.job = job, .reg_size = reg_floats(s)};
     char *scratch = anert_pool_scratch(job->run->pool, thread, 1, job->run->plan->tile_scratch);
     t.storage = (float *)scratch;
     t.partials = t.storage + n_regs(s) * t.reg_size;
     t.spill = scratch + tile_scratch_bytes(s) - ROUND_UP(spill_bytes(s), 64);
-    int64_t end = MIN(job->n_tiles, (index + 1) * job->grain);
-    for (int64_t i = index * job->grain; i < end; i++) run_tile(&t, i);
+    for (int64_t i = first; i < end; i++) run_tile(&t, i);
 }
 
-void tile_run(const plan_run *run, const anert_step *s) {
+static void tile_body(void *arg, int64_t index, int32_t thread) {
+    const tile_job *job = arg;
+    run_tiles(job, index * job->grain, MIN(job->n_tiles, (index + 1) * job->grain), thread);
+}
+
+static tile_job job_of(const plan_run *run, const anert_step *s) {
     tile_job job = {.run = run, .step = s, .instrs = run->plan->instrs + s->first_instr, .n_tiles = 1,
                     .kernels = anert_tile_kernels_for(run->isa), .fp16 = anert_fp16_kernels_for(run->isa)};
     int64_t work = chunk_rows(s) * chunk_lanes(s);
@@ -328,7 +332,17 @@ void tile_run(const plan_run *run, const anert_step *s) {
         if (reduced) work = work / job.chunk[d] * s->dims[d];
     }
     job.grain = MAX(1, GRAIN / MAX(1, work));
+    return job;
+}
+
+void tile_run(const plan_run *run, const anert_step *s) {
+    tile_job job = job_of(run, s);
     anert_parallel_for(run->pool, (job.n_tiles + job.grain - 1) / job.grain, tile_body, &job);
+}
+
+void tile_run_serial(const plan_run *run, const anert_step *s, int32_t thread) {
+    tile_job job = job_of(run, s);
+    run_tiles(&job, 0, job.n_tiles, thread);
 }
 
 /* ---- Validation ---- */
@@ -350,7 +364,8 @@ static int32_t reduced_kind(const anert_step *s) {
 
 static anert_status check_view_kind(anert_plan *plan, int32_t step, const tile_instr *in, anert_error *err) {
     const anert_step *s = &plan->steps[step];
-    int64_t dims[ANERT_DIMS];
+    view_box box = {.query = ANERT_DIMS - 2, .write = in->i.op == ANERT_TILE_STORE};
+    int64_t *dims = box.dims;
     bool after = in->i.pass & 1;
     if (in->i.view < s->first_view || in->i.view >= s->first_view + s->n_views)
         return anert_fail(err, ANERT_EINVAL, "step %d: view %d is not one of its views", step, in->i.view);
@@ -365,7 +380,7 @@ static anert_status check_view_kind(anert_plan *plan, int32_t step, const tile_i
         }
     }
     if (v->buffer != SCRATCH_TILE)
-        return plan_check_view(plan, step, in->i.view, dims, ANERT_DIMS, in->i.op == ANERT_TILE_STORE, err);
+        return plan_check_view(plan, step, in->i.view, &box, err);
     int64_t last = v->offset;
     for (int d = 0; d < ANERT_DIMS; d++) {
         int64_t chunk = d == ANERT_DIMS - 2 ? chunk_rows(s) : d == ANERT_DIMS - 1 ? chunk_lanes(s) : 1;
@@ -383,7 +398,8 @@ static anert_status check_instr(anert_plan *plan, int32_t step, tile_instr *in, 
     const anert_step *s = &plan->steps[step];
     int32_t op = in->i.op, kind = in->i.kind, reads = is_fold(op) ? 3 : kind;
     if (op < 0 || op >= ANERT_TILE_OPS || kind < 0 || kind > 3 || in->i.pass < 0 || in->i.pass >= 2 * passes(s))
-        return anert_fail(err, ANERT_EINVAL, "step %d: instruction with op %d, kind %d, pass %d", step, op, kind, in->i.pass);
+        return anert_fail(err, ANERT_EINVAL, "step %d: instruction with op %d, kind %d, pass %d", step, op, kind,
+                          in->i.pass);
     if ((in->i.pass & 1) && (is_fold(op) || (kind & reduced_kind(s))))
         return anert_fail(err, ANERT_EINVAL, "step %d: instruction varies over a reduced dim after its pass", step);
     if (is_fold(op) && (s->reduced == 0 || (kind & reduced_kind(s))))
@@ -462,7 +478,8 @@ anert_status tile_check(anert_plan *plan, int32_t step, anert_error *err) {
         if (in->i.op == ANERT_TILE_STORE) continue;
         int32_t d = in->i.dst;
         if (stays[d] && !(in->i.pass & 1))
-            return anert_fail(err, ANERT_EINVAL, "step %d: register %d outlives its pass and is written in another", step, d);
+            return anert_fail(err, ANERT_EINVAL, "step %d: register %d outlives its pass, but is written in another",
+                              step, d);
         if (folds[d] && is_fold(in->i.op) && in->i.pass == pass)
             return anert_fail(err, ANERT_EINVAL, "step %d: register %d takes two reductions", step, d);
         folds[d] = is_fold(in->i.op);

@@ -1,6 +1,7 @@
-/* tile_kernels.h: the lane loops of tile programs, compiled once per instruction set: the including file sets the target,
- * defines one of vec.h's sets and TILE_TABLE, the name of its table. Arithmetic is plain C that the compiler turns into the
- * set's vectors; exp and its kin are vmath.h's, in the last lanes too, so that a value never depends on its place. */
+/* tile_kernels.h: the lane loops of tile programs, compiled once per instruction set: the including file sets the
+ * target, defines one of vec.h's sets and TILE_TABLE, the name of its table. Arithmetic is plain C that the compiler
+ * turns into the set's vectors; exp and its kin are vmath.h's, in the last lanes too, so that a value never depends on
+ * its place. */
 #include <math.h>
 
 #include "plan.h"
@@ -220,15 +221,15 @@ FOLDS(min, FOLD_MIN)
 #define ENTRY(NAME, name) [ANERT_TILE_##NAME] = op_##name
 const anert_tile_kernels TILE_TABLE = {
     .op = {ENTRY(MOV, mov), ENTRY(ADD, add), ENTRY(SUB, sub), ENTRY(MUL, mul), ENTRY(DIV, div), ENTRY(MAX, max),
-           ENTRY(MIN, min), ENTRY(POW, pow), ENTRY(MOD, mod), ENTRY(EQ, eq), ENTRY(NE, ne), ENTRY(LT, lt), ENTRY(LE, le),
-           ENTRY(SELECT, select), ENTRY(ABS, abs), ENTRY(SQRT, sqrt), ENTRY(RSQRT, rsqrt), ENTRY(EXP, exp),
-           ENTRY(LOG, log), ENTRY(TANH, tanh), ENTRY(SIGMOID, sigmoid), ENTRY(ERF, erf), ENTRY(SIN, sin), ENTRY(COS, cos),
-           ENTRY(TAN, tan), ENTRY(ASIN, asin), ENTRY(ACOS, acos), ENTRY(ATAN, atan), ENTRY(SINH, sinh),
-           ENTRY(COSH, cosh), ENTRY(ATANH, atanh), ENTRY(FLOOR, floor), ENTRY(CEIL, ceil), ENTRY(ROUND, round),
-           ENTRY(TRUNC, trunc), ENTRY(SIGN, sign), ENTRY(HALF, half), ENTRY(TO_F32, to_f32), ENTRY(TO_I32, to_i32),
-           ENTRY(I32_ADD, i32_add), ENTRY(I32_SUB, i32_sub), ENTRY(I32_MUL, i32_mul), ENTRY(I32_DIV, i32_div),
-           ENTRY(I32_MOD, i32_mod), ENTRY(I32_MAX, i32_max), ENTRY(I32_MIN, i32_min), ENTRY(I32_EQ, i32_eq),
-           ENTRY(I32_LT, i32_lt), ENTRY(I32_LE, i32_le)},
+           ENTRY(MIN, min), ENTRY(POW, pow), ENTRY(MOD, mod), ENTRY(EQ, eq), ENTRY(NE, ne), ENTRY(LT, lt),
+           ENTRY(LE, le), ENTRY(SELECT, select), ENTRY(ABS, abs), ENTRY(SQRT, sqrt), ENTRY(RSQRT, rsqrt),
+           ENTRY(EXP, exp), ENTRY(LOG, log), ENTRY(TANH, tanh), ENTRY(SIGMOID, sigmoid), ENTRY(ERF, erf),
+           ENTRY(SIN, sin), ENTRY(COS, cos), ENTRY(TAN, tan), ENTRY(ASIN, asin), ENTRY(ACOS, acos),
+           ENTRY(ATAN, atan), ENTRY(SINH, sinh), ENTRY(COSH, cosh), ENTRY(ATANH, atanh), ENTRY(FLOOR, floor),
+           ENTRY(CEIL, ceil), ENTRY(ROUND, round), ENTRY(TRUNC, trunc), ENTRY(SIGN, sign), ENTRY(HALF, half),
+           ENTRY(TO_F32, to_f32), ENTRY(TO_I32, to_i32), ENTRY(I32_ADD, i32_add), ENTRY(I32_SUB, i32_sub),
+           ENTRY(I32_MUL, i32_mul), ENTRY(I32_DIV, i32_div), ENTRY(I32_MOD, i32_mod), ENTRY(I32_MAX, i32_max),
+           ENTRY(I32_MIN, i32_min), ENTRY(I32_EQ, i32_eq), ENTRY(I32_LT, i32_lt), ENTRY(I32_LE, i32_le)},
     .by_rows = {rows_sum, rows_max, rows_min},
     .by_lanes = {lanes_sum, lanes_max, lanes_min},
 };

@@ -1,5 +1,5 @@
-/* tile_move.c: steps that move elements by index: gather, scatter, arg, im2col, col2im. Plain strided loops, split over the
- * first dims; storage types of source and result are equal. */
+/* tile_move.c: steps that move elements by index: gather, scatter, arg, im2col, col2im. Plain strided loops, split over
+ * the first dims; storage types of source and result are equal. */
 #include "plan.h"
 
 typedef struct {
@@ -187,20 +187,30 @@ anert_status move_run(const plan_run *run, const anert_step *s, anert_error *err
 }
 
 /* ---- Validation ---- */
+static view_box box_of(const int64_t *dims, bool write) {
+    view_box box = {.query = -1, .write = write};
+    memcpy(box.dims, dims, sizeof box.dims);
+    return box;
+}
+
 static anert_status check_indexed(const anert_plan *plan, int32_t step, anert_error *err) {
     const anert_step *s = &plan->steps[step];
     const anert_view *v = plan->views + s->first_view;
     bool gather = s->kind == ANERT_STEP_GATHER;
     int moved = gather ? 1 : 0; /* the view that the index moves */
+    bool typed = gather ? v[0].dtype == v[1].dtype
+                        : (v[0].dtype == ANERT_F32 && v[1].dtype != ANERT_I32) ||
+                              (v[0].dtype == ANERT_I32 && v[1].dtype == ANERT_I32);
     if (s->args[0] < 1 || s->args[0] > (int64_t)1 << 31 || v[2].dtype != ANERT_I32 || s->args[2] < 0 ||
-        s->args[2] > ANERT_SCATTER_MIN || (gather ? v[0].dtype != v[1].dtype : v[0].dtype != ANERT_F32 && v[0].dtype != ANERT_I32) ||
-        (!gather && (v[0].dtype == ANERT_I32) != (v[1].dtype == ANERT_I32)))
+        s->args[2] > ANERT_SCATTER_MIN || !typed)
         return anert_fail(err, ANERT_EINVAL, "step %d: indices of another type or range", step);
     for (int i = 0; i < 3; i++) {
-        anert_status status = plan_check_view(plan, step, s->first_view + i, s->dims, ANERT_DIMS, i == 0, err);
+        view_box box = box_of(s->dims, i == 0);
+        if (i == moved) box.extent = s->args[0], box.stride = s->args[1];
+        anert_status status = plan_check_view(plan, step, s->first_view + i, &box, err);
         if (status) return status;
     }
-    return plan_check_reach(plan, step, s->first_view + moved, s->dims, s->args[0], s->args[1], err);
+    return ANERT_OK;
 }
 
 static anert_status check_columns(const anert_plan *plan, int32_t step, anert_error *err) {
@@ -213,8 +223,9 @@ static anert_status check_columns(const anert_plan *plan, int32_t step, anert_er
     if (v[0].dtype != v[1].dtype || (!gather && v[0].dtype != ANERT_F32))
         return anert_fail(err, ANERT_EINVAL, "step %d: columns and image differ in type", step);
     int64_t image[ANERT_DIMS] = {s->dims[0], s->dims[1], 1, 1, s->args[6], s->args[7]};
-    anert_status status = plan_check_view(plan, step, s->first_view, s->dims, ANERT_DIMS, gather, err);
-    return status ? status : plan_check_view(plan, step, s->first_view + 1, image, ANERT_DIMS, !gather, err);
+    view_box columns = box_of(s->dims, gather), pixels = box_of(image, !gather);
+    anert_status status = plan_check_view(plan, step, s->first_view, &columns, err);
+    return status ? status : plan_check_view(plan, step, s->first_view + 1, &pixels, err);
 }
 
 anert_status move_check(anert_plan *plan, int32_t step, anert_error *err) {
@@ -226,6 +237,7 @@ anert_status move_check(anert_plan *plan, int32_t step, anert_error *err) {
     if (s->kind != ANERT_STEP_ARG) return check_columns(plan, step, err);
     if (plan->views[s->first_view].dtype != ANERT_I32 || s->dims[ANERT_DIMS - 1] > INT32_MAX)
         return anert_fail(err, ANERT_EINVAL, "step %d: arg needs an int32 result", step);
-    anert_status status = plan_check_view(plan, step, s->first_view, s->dims, ANERT_DIMS, 1, err);
-    return status ? status : plan_check_view(plan, step, s->first_view + 1, s->dims, ANERT_DIMS, 0, err);
+    view_box y = box_of(s->dims, true), x = box_of(s->dims, false);
+    anert_status status = plan_check_view(plan, step, s->first_view, &y, err);
+    return status ? status : plan_check_view(plan, step, s->first_view + 1, &x, err);
 }

@@ -23,7 +23,7 @@
 #else
 #define VEC_TARGET
 #endif
-#define VEC_FN static VEC_TARGET
+#define VEC_FN static __attribute__((unused)) VEC_TARGET
 #define VEC_INLINE static inline __attribute__((always_inline, unused)) VEC_TARGET
 
 /* bf16 of x, to nearest even; a NaN stays one. */
@@ -56,7 +56,7 @@ static inline __attribute__((unused)) float bf16_float(uint16_t h) {
 
 static inline __attribute__((unused)) size_t dtype_size(int32_t dtype) { return dtype == ANERT_F32 ? 4 : 2; }
 
-/* VL elements of a dtype from element i on; one element; and how they are written. dtype is best a constant. */
+/* VL elements of a dtype from element i on, and one of them. dtype is best a constant. */
 VEC_INLINE vf vf_load_as(const void *p, int64_t i, int32_t dtype) {
     if (dtype == ANERT_F32)
         return vf_load((const float *)p + i);
@@ -88,16 +88,24 @@ static inline __attribute__((unused)) void set_element(void *p, int64_t i, int32
 
 /* The first n < VL lanes; the others load as zero. */
 VEC_INLINE vf vf_load_part(const void *p, int64_t i, int32_t dtype, int64_t n) {
-    float lanes[VL] = {0};
-    for (int64_t j = 0; j < n; j++)
-        lanes[j] = element(p, i + j, dtype);
-    return vf_load(lanes);
+    float wide[VL] = {0};
+    uint16_t narrow[VL] = {0};
+    for (int j = 0; j < n && j < VL; j++)
+        if (dtype == ANERT_F32)
+            wide[j] = ((const float *)p)[i + j];
+        else
+            narrow[j] = ((const uint16_t *)p)[i + j];
+    return dtype == ANERT_F32 ? vf_load(wide) : vf_load_as(narrow, 0, dtype);
 }
 
 VEC_INLINE void vf_store_part(void *p, int64_t i, int32_t dtype, int64_t n, vf x) {
-    float lanes[VL];
-    vf_store(lanes, x);
-    for (int64_t j = 0; j < n; j++)
-        set_element(p, i + j, dtype, lanes[j]);
+    float wide[VL];
+    uint16_t narrow[VL];
+    vf_store_as(dtype == ANERT_F32 ? (void *)wide : (void *)narrow, 0, dtype, x);
+    for (int j = 0; j < n && j < VL; j++)
+        if (dtype == ANERT_F32)
+            ((float *)p)[i + j] = wide[j];
+        else
+            ((uint16_t *)p)[i + j] = narrow[j];
 }
 #endif

@@ -19,14 +19,14 @@ from anert.mil.graph import Function, Value, mil_dtype
 
 
 class Case(NamedTuple):
-    """Arguments of one op: arrays by operand name (tuples for variadic ones, absent if optional), attributes by name."""
+    """Arguments of one op: arrays by operand name (a tuple for variadic ones; optional ones may lack), attributes."""
 
     inputs: dict[str, Any]
     attrs: dict[str, Any]
 
 
 def trace(kind: str, case: Case, dtype: str | None = None, constants: tuple[str, ...] = ()) -> Function:
-    """A function of this one op: `i00_<operand>`, ... in argument order -> its outputs; `feed` gives its inputs.
+    """A function of this one op: `i00_<operand>`, ... in the case's order -> its outputs; `feed` gives its inputs.
 
     `dtype` replaces fp16; operands named in `constants` become consts.
     """
@@ -145,7 +145,7 @@ def _power(s: Source) -> Case:
     x, y = _pair(s)
     if s.flag():
         return Case({"x": s.floats(x, 0.25), "y": s.floats(y, -2.0, 3.0)}, {})
-    return Case({"x": s.floats(x, 0.25), "y": np.asarray(s.one_of(-1.0, -0.5, 0.5, 1.0, 2.0, 3.0)).astype(np.float16)}, {})
+    return Case({"x": s.floats(x, 0.25), "y": np.array(s.one_of(-1.0, -0.5, 0.5, 1.0, 2.0, 3.0), np.float16)}, {})
 
 
 def _comparison(s: Source) -> Case:
@@ -263,7 +263,8 @@ def _conv_transpose(s: Source) -> Case:
     groups = attrs["groups"]
     x = (s.integer(1, 2), groups * s.integer(1, 3), *(s.integer(2, 5) for _ in range(rank)))
     weight = (x[1], s.integer(1, 3), *kernel)
-    full = [(d - 1) * t + (k - 1) * e + 1 for d, t, k, e in zip(x[2:], attrs["strides"], kernel, attrs["dilations"], strict=True)]
+    spans = zip(x[2:], attrs["strides"], kernel, attrs["dilations"], strict=True)
+    full = [(d - 1) * t + (k - 1) * e + 1 for d, t, k, e in spans]
     attrs["pad_type"] = s.one_of("valid", "same", "custom")
     if attrs["pad_type"] == "custom":
         pads = [(s.integer(0, min(1, n // 3)), s.integer(0, min(1, n // 3))) for n in full]
@@ -317,8 +318,8 @@ def _slice_by_index(s: Source) -> Case:
         backwards = s.integer(0, 4) == 0
         row = (high - 1, low - 1, -step) if backwards else (low, high, step)
         open_begin, open_end = s.integer(0, 3) == 0, s.integer(0, 3) == 0 or (backwards and low == 0)
-        negative = s.flag()
-        row = (row[0] - d, row[1] - d if row[1] < d else row[1], row[2]) if negative and not (backwards and low == 0) else row
+        if s.flag() and not (backwards and low == 0):  # the same places, counted from the end
+            row = (row[0] - d, row[1] - d if row[1] < d else row[1], row[2])
         for k, v in zip(attrs, (*row, open_begin, open_end, s.integer(0, 3) == 0), strict=True):
             attrs[k].append(v)
     return Case({"x": x}, {k: v for k, v in attrs.items() if k in ("begin", "end") or any(v)})
@@ -328,7 +329,8 @@ def _slice_by_size(s: Source) -> Case:
     x = s.floats(s.shape(1))
     begin = [s.integer(0, d - 1) for d in x.shape]
     size = [s.integer(1, d - b) if s.flag() else -1 for b, d in zip(begin, x.shape, strict=True)]
-    return Case({"x": x}, {"begin": [b - d if s.flag() else b for b, d in zip(begin, x.shape, strict=True)], "size": size})
+    begin = [b - d if s.flag() else b for b, d in zip(begin, x.shape, strict=True)]
+    return Case({"x": x}, {"begin": begin, "size": size})
 
 
 def _concat(s: Source) -> Case:

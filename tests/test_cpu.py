@@ -31,7 +31,9 @@ def close(got: np.ndarray, want: np.ndarray, rtol: float, atol: float) -> None:
     if got.dtype.kind != "f":
         np.testing.assert_array_equal(got, want)
     else:
-        np.testing.assert_allclose(got.astype(np.float64), want.astype(np.float64), rtol=rtol, atol=atol, equal_nan=True)
+        np.testing.assert_allclose(
+            got.astype(np.float64), want.astype(np.float64), rtol=rtol, atol=atol, equal_nan=True
+        )
 
 
 @pytest.mark.parametrize("kind", CPU_KINDS)

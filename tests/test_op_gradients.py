@@ -15,7 +15,7 @@ WITH_GRADIENT = sorted(kind for kind, row in TABLE.items() if row.grad is not No
 
 
 def backward(f: Function) -> tuple[dict[str, Value], list[Value]]:
-    """Append the gradient of `f`'s last op; returns the gradient of each input and the cotangents, new inputs `dout<i>`."""
+    """Append the gradient of `f`'s last op: the gradient of each input, and the cotangents, new inputs `dout<i>`."""
     op = f.ops[-1]
     outs = list(f.outputs)
     douts = [f.input(f"dout{i}", v.shape, v.dtype) for i, v in enumerate(outs)]
@@ -66,7 +66,9 @@ def check(kind: str, case: Case, seed: int, step: float = 1e-6) -> None:
             continue
         assert v.name in grads, f"{kind}: no gradient for {v.name}"
         direction = rng.normal(size=a.shape)
-        difference = (loss(inputs | {v.name: a + step * direction}) - loss(inputs | {v.name: a - step * direction})) / (2 * step)
+        difference = (loss(inputs | {v.name: a + step * direction}) - loss(inputs | {v.name: a - step * direction})) / (
+            2 * step
+        )
         product = float(np.sum(found[grads[v.name].name] * direction))
         scale = float(np.sum(np.abs(found[grads[v.name].name] * direction))) + 1.0
         assert abs(product - difference) < 1e-5 * scale, (kind, v.name, product, difference)
@@ -107,6 +109,8 @@ def test_gradient_is_pytorch_s(kind: str) -> None:
         except UnsupportedError:
             return
         cotangents = {d.name: rng.normal(size=d.shape) for d in douts}
+        if not grads:  # integers that were cast
+            return
         f.returns(*grads.values())
         found = evaluate(f, inputs | cotangents, "float64")
         wanted = [leaves[name] for name in grads]

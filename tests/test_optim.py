@@ -214,13 +214,23 @@ def test_placements(rows, cols, kinds, isa, threads, with_special):
         assert count == past, "a weight counts once, however many copies it has"
 
 
-@pytest.mark.parametrize("kinds", [[("straight", 0)], [("straight", 64)], [("transposed", 0)], [("broadcast", 31)]])
-def test_large_placements(kinds):
-    """Several tiles and threads."""
-    master = randn(0, 530, 1100) * 100
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        [("straight", 0)],
+        [("straight", 64)],
+        [("transposed", 0)],
+        [("transposed", 8), ("straight", 3)],
+        [("broadcast", 3)],
+    ],
+)
+def test_large_placements(kinds, threads):
+    """Many tiles in both directions: long rows, and blocks whose halves lie in the pool's scratch."""
+    master = randn(0, 330, 2500) * 100
     master[::50, ::70] = 1e6
-    places = Places(530, 1100, kinds)
-    assert sync(pool(ISAS[-1], 3), master, places) == np.count_nonzero(np.abs(master) > 65504)
+    places = Places(330, 2500, kinds)
+    assert sync(pool(ISAS[-1], threads), master, places) == np.count_nonzero(np.abs(master) > 65504)
     places.check(master)
 
 

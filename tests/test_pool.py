@@ -63,7 +63,10 @@ int64_t probe_scratch(anert_pool *pool) {
 }
 
 typedef struct { anert_pool *pool; int64_t wrong; } caller;
-static void *call_rounds(void *arg) { caller *c = arg; c->wrong = probe_rounds(c->pool, 2000); return NULL; }
+#ifndef ROUNDS
+#define ROUNDS 2000
+#endif
+static void *call_rounds(void *arg) { caller *c = arg; c->wrong = probe_rounds(c->pool, ROUNDS); return NULL; }
 
 int main(void) {
     int64_t wrong = 0;
@@ -157,6 +160,42 @@ def test_concurrent_callers(probe):
 def test_scratch(probe):
     assert probe[1].probe_scratch(new_pool(probe, 2)) == 0
     assert probe[1].probe_scratch(new_pool(probe, 1)) == 0
+
+
+# What pool.c takes from macOS, over pthreads.
+DISPATCH = r"""
+#include <pthread.h>
+#include <stddef.h>
+typedef void *dispatch_queue_t;
+enum { QOS_CLASS_USER_INITIATED = 0x19 };
+static inline dispatch_queue_t dispatch_get_global_queue(long quality, unsigned long flags) {
+    return quality == QOS_CLASS_USER_INITIATED && flags == 0 ? (dispatch_queue_t)1 : NULL;
+}
+struct dispatch_part { void *context; void (*work)(void *, size_t); size_t index; pthread_t thread; };
+static void *dispatch_run(void *part) {
+    struct dispatch_part *p = part;
+    p->work(p->context, p->index);
+    return NULL;
+}
+static inline void dispatch_apply_f(size_t n, dispatch_queue_t queue, void *context, void (*work)(void *, size_t)) {
+    struct dispatch_part parts[64];
+    if (queue == NULL || n > 64) __builtin_trap();
+    for (size_t i = 0; i < n; i++) {
+        parts[i] = (struct dispatch_part){context, work, i, 0};
+        if (pthread_create(&parts[i].thread, NULL, dispatch_run, &parts[i])) __builtin_trap();
+    }
+    for (size_t i = 0; i < n; i++) pthread_join(parts[i].thread, NULL);
+}
+"""
+
+
+def test_macos_branch(source, tmp_path):
+    """On macOS the threads are dispatch's: the same program over a dispatch_apply_f of our own."""
+    (tmp_path / "dispatch").mkdir()
+    (tmp_path / "dispatch" / "dispatch.h").write_text(DISPATCH)
+    flags = ["-O1", "-Wall", "-Wextra", "-Werror", "-D__APPLE__", f"-I{tmp_path}", "-DROUNDS=50"]
+    program = compile_c(tmp_path / "stress", ["pool.c", "error.c", source], *flags)
+    assert subprocess.run([program], timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize("sanitizer", ["thread", "address,undefined"])

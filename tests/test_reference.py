@@ -153,18 +153,18 @@ def test_an_infinite_mask_is_no_fault_but_its_nan_is() -> None:
     x = g.input("x", (1, 2))
     g.returns(ops.softmax(x + g.const(np.full((1, 2), -np.inf)), name="p"))
     found = first_nonfinite(g, {"x": np.ones((1, 2))})
-    assert found is not None and (found.kind, found.name, found.count) == ("softmax", "p", 2)
+    assert found is not None and (found.kind, found.name, found.elements) == ("softmax", "p", 2)
 
 
 def test_an_output_port_that_overflows_is_named() -> None:
     f = scaled_sum()
     found = first_nonfinite(f, {"x": np.full((4, 100), 1000.0)})
-    assert found is not None and (found.kind, found.name, found.count) == ("mul", "out", 4)
+    assert found is not None and (found.kind, found.name, found.elements) == ("mul", "out", 4)
 
 
 def test_fp16_names_the_interior_that_overflows() -> None:
     found = first_nonfinite(scaled_sum(), {"x": np.full((4, 100), 30.0)}, "fp16")
-    assert found is not None and (found.kind, found.count) == ("reduce_sum", 4)
+    assert found is not None and (found.kind, found.elements) == ("reduce_sum", 4)
 
 
 def test_a_non_finite_input_is_named_before_any_op() -> None:

@@ -25,9 +25,7 @@ TIKTOKEN_CL100K = (
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 
-LETTERS = (
-    "Once|upon| a|time|don't|WE'LL|  |   |\n|\r\n|\t|12345|é|日本|\u2581|🙂|e\u0301|<s>|<0x41>|...|²|\x1c|\xa0|\x00"
-)
+LETTERS = "Once|upon| a|time|don't|WE'LL|  |   |\n|\r\n|\t|123|é|日本|\u2581|🙂|e\u0301|<s>|<0x41>|...|²|\x1c|\xa0|\0"
 words = st.sampled_from([*LETTERS.split("|"), "<|endoftext|>"])
 texts = st.one_of(st.text(max_size=60), st.lists(st.one_of(words, st.text(max_size=4)), max_size=25).map("".join))
 

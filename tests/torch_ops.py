@@ -6,6 +6,7 @@ Import it behind `pytest.importorskip("torch")`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -172,7 +173,9 @@ def _scatter(i: Inputs, a: Attrs) -> Tensor:
         return data.index_copy(axis, at, updates)
     if mode in ("add", "sub"):
         return data.index_add(axis, at, updates, alpha=1 if mode == "add" else -1)
-    return data.index_reduce(axis, at, updates, _REDUCE[mode])
+    with warnings.catch_warnings():  # "index_reduce() is in beta"
+        warnings.simplefilter("ignore")
+        return data.index_reduce(axis, at, updates, _REDUCE[mode])
 
 
 def _scatter_along(i: Inputs, a: Attrs) -> Tensor:

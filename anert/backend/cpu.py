@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from anert.backend.attention import Finder
 from anert.backend.base import Backend, Binding, Port, Program, ProgramStats
 from anert.backend.emit import Emitted, Emitter
 from anert.backend.fuse import Fuser, prune, retarget
@@ -93,7 +94,9 @@ class CpuBinding(Binding):
 class CpuProgram(Program):
     """A Function as a plan. `emitted.patterns` and `stats` say what was fused."""
 
-    def __init__(self, function: Function, emitted: Emitted, counters: Sequence[str], pool: Pool, slot: RunSlot) -> None:
+    def __init__(
+        self, function: Function, emitted: Emitted, counters: Sequence[str], pool: Pool, slot: RunSlot
+    ) -> None:
         self.inputs = tuple(Port(v.name, v.type) for v in function.inputs)
         self.outputs = tuple(Port(v.name, v.type) for v in function.outputs)
         self.emitted, self.pool, self.slot = emitted, pool, slot
@@ -102,7 +105,7 @@ class CpuProgram(Program):
         self.constants = {r: ffi.from_buffer(r.data) for r in emitted.buffers if r is not None and r.data is not None}
         self.stats = ProgramStats(
             flops_written=written_flops(function),
-            flops_executed=written_flops(function),
+            flops_executed=written_flops(function) - emitted.skipped,
             bytes_in=sum(p.nbytes for p in self.inputs),
             bytes_out=sum(p.nbytes for p in self.outputs),
             steps=emitted.steps,
@@ -115,7 +118,9 @@ class CpuProgram(Program):
         return CpuBinding(self, surfaces)
 
     def overflows(self, reset: bool = False) -> dict[str, int]:
-        """In precision fp16: how many values each op rounded to inf since the program was made, by the op's value name."""
+        """In precision fp16: how many values each op rounded to inf since the program was made, by the op's value
+        name.
+        """
         counter = load().lib.anert_plan_counter
         found = {name: int(counter(self.emitted.plan, i, int(reset))) for i, name in enumerate(self.counters)}
         return {name: n for name, n in found.items() if n}
@@ -136,8 +141,8 @@ def written_flops(function: Function) -> int:
 class CpuBackend(Backend):
     """Runs MIL on this machine's cores.
 
-    pool: the threads and instruction set. precision: `fp32`, `bf16` or `fp16`. heap: where surfaces and the arena come from.
-    fuse=False makes every elementwise op a step of its own, for tests: the results are the same bits.
+    pool: the threads and instruction set. precision: `fp32`, `bf16` or `fp16`. heap: where surfaces and the arena
+    come from. fuse=False makes every elementwise op a step of its own, for tests: the results are the same bits.
     """
 
     name = "cpu"
@@ -175,6 +180,8 @@ class CpuBackend(Backend):
         prune(graph)
         retarget(graph)
         units = Fuser(graph, self.fuse).run()
+        if self.fuse:
+            units = Finder(units).run()
         emitted = Emitter(graph, units, self.precision).run()
         return CpuProgram(function, emitted, graph.counters, self.pool, self.slot)
 

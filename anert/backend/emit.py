@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from anert.backend.attention import Product, Region
 from anert.backend.fuse import Unit
 from anert.backend.nodes import STORAGE, Graph, Node, Ref, Root
 from anert.backend.tiles import DIMS, TileBuilder, TileProgram
@@ -25,20 +27,22 @@ class Emitted:
     buffers: list[Root | None]
     arena_bytes: int
     steps: int
+    skipped: int
     patterns: dict[str, int] = field(default_factory=dict)
 
 
 def outside_roots(units: Sequence[Unit]) -> set[Root]:
-    """Roots that must be in memory: ports, constants, and what another unit than its writer reads."""
+    """Roots that must be in memory: ports, constants, what another unit than its writer reads, what is no register."""
     unit_of = {n: u for u in units for n in u.nodes}
     found: set[Root] = set()
     for unit in units:
         for n in unit.nodes:
+            scratch = unit.region.scratch if unit.region is not None else ()
+            plain = unit.space is None and (unit.region is None or n.kind == "gemm")
             for ref in (*n.refs(), *n.written()):
                 root = ref.root
-                if root.place != "arena" or any(unit_of[w] is not unit for w in (*root.writers, *root.readers)):
-                    found.add(root)
-                if unit.space is None:
+                elsewhere = any(unit_of[w] is not unit for w in (*root.writers, *root.readers))
+                if root.place != "arena" or elsewhere or plain or root in scratch:
                     found.add(root)
     return found
 
@@ -49,7 +53,8 @@ def color(units: Sequence[Unit], outside: set[Root]) -> tuple[dict[Root, int], i
     for at, unit in enumerate(units):
         for n in unit.nodes:
             for ref in (*n.refs(), *n.written()):
-                if ref.root.place == "arena" and ref.root in outside:
+                scratch = unit.region is not None and ref.root in unit.region.scratch
+                if ref.root.place == "arena" and ref.root in outside and not scratch:
                     span = life.setdefault(ref.root, [at, at])
                     span[1] = at
     offsets: dict[Root, int] = {}
@@ -90,6 +95,10 @@ class Emitter:
         self.instrs: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
         self.patterns: dict[str, int] = {}
+        self.scratch: dict[Root, int] = {}
+        """Offsets in the scratch of the region being emitted."""
+        self.skipped = 0
+        """FLOPs that causal regions leave out."""
         for root in (*graph.inputs.values(), *graph.outputs.values()):
             self._buffer(root)
 
@@ -103,15 +112,23 @@ class Emitter:
             self.buffers.append(root)
         return self.numbers[root]
 
-    def _view(self, root: Root | None, dtype: str, offset: int, strides: Sequence[int]) -> None:
+    def _view(
+        self, root: Root | None, dtype: str, offset: int, strides: Sequence[int], loops: Sequence[int] = ()
+    ) -> None:
+        """Append a view. loops: strides of a region's batch dims, then of its query rows."""
         name, size = STORAGE[dtype]
         full = [*strides, *(0,) * (DIMS - len(strides))]
+        loops = [*(0,) * (4 - len(loops)), *loops] if loops else [0] * 4
         if root is None:
             number = -1
+        elif root in self.scratch:
+            number, loops = -2, [0] * 4
+            offset += self.scratch[root] // size
         else:
             number = self._buffer(root)
             offset += self.offsets[root] // size if root.place == "arena" else 0
-        self.views.append({"buffer": number, "dtype": getattr(self.lib, name), "offset": offset, "strides": full})
+        self.views.append({"buffer": number, "dtype": getattr(self.lib, name), "offset": offset, "strides": full,
+                           "loops": loops})  # fmt: skip
 
     def _step(self, kind: str, dims: Sequence[int], first_view: int, **more: Any) -> None:
         first_instr = more.pop("first_instr", len(self.instrs))
@@ -132,7 +149,7 @@ class Emitter:
     def tile(self, program: TileProgram) -> None:
         first_view, first_instr = len(self.views), len(self.instrs)
         for v in program.views:
-            self._view(v.root, v.dtype, v.offset, v.strides)
+            self._view(v.root, v.dtype, v.offset, v.strides, v.loops)
         for i in program.instrs:
             self.instrs.append(
                 {
@@ -160,6 +177,43 @@ class Emitter:
                 self._view(ref.root, ref.dtype, offset, strides)
             dims = [*(1,) * (2 - len(extents[-2:])), *extents[-2:], m, cols, k]
             self._step("gemm", dims, first, alpha=n.args["alpha"], beta=0.0, precision=self.gemm_precision)
+
+    def region(self, region: Region) -> None:
+        """The region's own step, then its parts: dims without the batch, which the region's loops walk."""
+        at = 0
+        for root in region.scratch:
+            self.scratch[root] = at
+            at += region.block * region.keys * 4
+        batch = [*(1,) * (3 - len(region.batch)), *region.batch]
+        args = [region.block, len(region.steps), int(region.causal), 0, at, int(region.independent)]
+        self._step("region", [*batch, region.queries, region.keys], len(self.views), args=args)
+        for unit in region.steps:
+            if unit is region.softmax:
+                self.tile(TileBuilder(unit, self.outside, len(region.batch)).build())
+            else:
+                self._product(region, region.product_of(unit.nodes[0]))
+        self.scratch = {}
+        pairs = math.prod(region.batch) * region.queries * region.keys
+        for p in region.products:
+            inner = p.node.refs()[0].shape[-1] if p.query != 2 and p.key != 2 else 0
+            width = inner or p.node.shape[-1 if 0 in (p.query, p.key) else -2]
+            self.skipped += int(2 * pairs * width * (1.0 - region.executed()))
+        name = "attention_backward" if region.backward else "attention"
+        self.patterns[name] = self.patterns.get(name, 0) + 1
+
+    def _product(self, region: Region, p: Product) -> None:
+        """A GEMM of a region, for one place of its batch."""
+        first, n = len(self.views), p.node
+        a, b = n.refs()
+        places = ((0, 2), (2, 1), (0, 1))  # which of m, n, k the last two axes of a, b, c are
+        for ref, axes in zip((a, b, n.out), places, strict=True):
+            strides = ref.layout.strides
+            loops = [s for d, s in zip(n.shape[:-2], strides[:-2], strict=True) if d != 1]
+            query = strides[-2:][axes.index(p.query)] if p.query in axes else 0
+            self._view(ref.root, ref.dtype, ref.layout.offset, [0, 0, *strides[-2:]], [*loops, query])
+        dims = [1, 1, n.shape[-2], n.shape[-1], a.shape[-1]]
+        self._step("gemm", dims, first, alpha=n.args["alpha"], beta=0.0, precision=self.gemm_precision,
+                   args=[p.query, p.key, int(p.adds_up)])  # fmt: skip
 
     def move(self, n: Node) -> None:
         """gather, scatter, arg, im2col, col2im: the views of the box, and the kernel's own numbers."""
@@ -196,6 +250,9 @@ class Emitter:
     def run(self) -> Emitted:
         for unit in self.units:
             n = unit.nodes[0]
+            if unit.region is not None:
+                self.region(unit.region)
+                continue
             kind = "tile" if unit.space is not None else n.kind
             self.patterns[kind] = self.patterns.get(kind, 0) + 1
             if unit.space is not None:
@@ -223,7 +280,7 @@ class Emitter:
         out = ffi.new("anert_plan **")
         call(self.lib.anert_plan_new, definition, out)
         plan = ffi.gc(out[0], self.lib.anert_plan_free)
-        return Emitted(plan, self.buffers, self.arena, len(self.steps), self.patterns)
+        return Emitted(plan, self.buffers, self.arena, len(self.steps), self.skipped, self.patterns)
 
 
 def _merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:
@@ -238,4 +295,3 @@ def _merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tupl
         else:
             groups.append((extent, here))
     return groups
-

@@ -1,8 +1,8 @@
 """Graph -> units: elementwise nodes and reductions that share an iteration space become one unit, others stand alone.
 
-A unit's space is a list of dims that every member's shape is a merge of. Members are `full` (they vary over all dims) or
-`reduced` (over those that the unit's reductions leave). A value passes from member to member in a register if its reader
-sees it in index order; everything else goes through memory, and then producer and reader are different units.
+A unit's space is a list of dims that every member's shape is a merge of. Members are `full` (they vary over all dims)
+or `reduced` (over those that the unit's reductions leave). A value passes from member to member in a register if its
+reader sees it in index order; everything else goes through memory, and then producer and reader are different units.
 """
 
 from __future__ import annotations
@@ -10,9 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from anert.backend.nodes import Graph, Node, Ref
 from anert.backend.views import contiguous, refine, same_strides
+
+if TYPE_CHECKING:
+    from anert.backend.attention import Region
 
 MAX_MEMBERS = 64
 """Nodes in a unit: beyond it registers would run out."""
@@ -62,6 +66,8 @@ class Unit:
     nodes: list[Node]
     space: Space | None = None
     deps: set[Unit] = field(default_factory=set)
+    region: Region | None = None
+    """Set if the nodes run head by head (attention.py)."""
 
 
 def _split_dims(space: Space, kept: tuple[int, ...]) -> Space:

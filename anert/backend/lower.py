@@ -1,6 +1,8 @@
-"""MIL Function -> Graph: view ops become strided Refs, everything else becomes Nodes over fp32 (or int32, truth) storage.
+"""MIL Function -> Graph: view ops become strided Refs, everything else becomes Nodes over fp32 (or int32, truth)
+storage.
 
-The op functions live in lower_ops.py and lower_contract.py; each takes the Lowering and the op and returns a Ref per output.
+The op functions live in lower_ops.py and lower_contract.py; each takes the Lowering and the op and returns a Ref per
+output.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from anert.backend.views import Transform
 from anert.backend.nodes import Graph, Imm, Node, Ref, Root, Source
+from anert.backend.views import Transform
 from anert.errors import UnsupportedError
 from anert.mil.graph import Function, Op, Value
 
@@ -181,8 +183,8 @@ class Lowering:
         return out
 
     def pulled(self, x: Ref, transform: Transform) -> Ref:
-        """x after a transform that always has a view. If x was just computed elementwise by a cheap op, that op is written
-        again on transformed operands, so that its reader can be fused with it."""
+        """x after a transform that always has a view. If x was just computed elementwise by a cheap op, that op is
+        written again on transformed operands, so that its reader can be fused with it."""
         view = x.must(*transform)
         maker = self.makers.get(x.root)
         if maker is None or maker.op not in PULLED or not x.is_whole():

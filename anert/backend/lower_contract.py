@@ -95,9 +95,9 @@ def _bias(low: Lowering, op: Op, y: Ref) -> Ref:
 
 
 def _exchange(weight: np.ndarray | None, groups: int, turned: bool) -> tuple[int, np.ndarray] | None:
-    """(block, factors) if a constant 1x1 weight does nothing but exchange neighbouring blocks of channels and scale them, as
-    rotary embeddings write it; `turned` for conv_transpose. Channel c of the result is factors[c] times channel c of the
-    other half of its pair of blocks."""
+    """(block, factors) if a constant 1x1 weight does nothing but exchange neighbouring blocks of channels and scale
+    them, as rotary embeddings write it; `turned` for conv_transpose. Channel c of the result is factors[c] times
+    channel c of the other half of its pair of blocks."""
     if weight is None or weight.shape[0] % groups or any(d != 1 for d in weight.shape[2:]):
         return None
     n = weight.shape[1]

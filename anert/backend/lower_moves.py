@@ -143,7 +143,9 @@ def gather_along_axis(low: Lowering, op: Op) -> list[Ref]:
     return [low.step("gather", op.out.shape, (source, indices), out, extent=extent, stride=stride)]
 
 
-def _scatter(low: Lowering, op: Op, updates: Ref, indices: Ref, target: Ref, box: tuple[int, ...], data: Ref) -> list[Ref]:
+def _scatter(
+    low: Lowering, op: Op, updates: Ref, indices: Ref, target: Ref, box: tuple[int, ...], data: Ref
+) -> list[Ref]:
     axis = op.attrs["axis"]
     extent, stride = data.shape[axis], data.layout.strides[axis]
     args = {"extent": extent, "stride": stride, "mode": SCATTER[op.attrs["mode"]]}

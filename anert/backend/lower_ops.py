@@ -340,9 +340,9 @@ TABLE: dict[str, OpLowering] = {
     **{k: _compare(k) for k in COMPARE},
     **{k: logical(k) for k in ("logical_and", "logical_or", "logical_xor")},
     **{k: _fold(k) for k in FOLDS},
-    **{k: shaped for k in ("reshape", "expand_dims", "squeeze", "flatten2d")},
-    "floor_div": floor_div, "logical_not": logical_not, "select": select, "rsqrt": rsqrt, "inverse": inverse, "log": log,
-    "square": square, "exp2": exp2, "relu": relu, "silu": silu, "softplus": softplus, "leaky_relu": leaky_relu,
-    "clip": clip, "gelu": gelu, "cast": cast, "reduce_mean": reduce_mean, "reduce_sum_square": reduce_sum_square,
-    "softmax": softmax, "layer_norm": layer_norm, "const": const, "identity": identity, "transpose": transpose,
-}  # fmt: skip
+    **dict.fromkeys(("reshape", "expand_dims", "squeeze", "flatten2d"), shaped),
+    "floor_div": floor_div, "logical_not": logical_not, "select": select, "rsqrt": rsqrt, "inverse": inverse,
+    "log": log, "square": square, "exp2": exp2, "relu": relu, "silu": silu, "softplus": softplus, "leaky_relu":
+    leaky_relu, "clip": clip, "gelu": gelu, "cast": cast, "reduce_mean": reduce_mean, "reduce_sum_square":
+    reduce_sum_square, "softmax": softmax, "layer_norm": layer_norm, "const": const, "identity": identity,
+    "transpose": transpose, }  # fmt: skip

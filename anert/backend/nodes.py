@@ -22,7 +22,9 @@ STORAGE: dict[str, tuple[str, int]] = {
 
 @dataclass(eq=False, slots=True)
 class Root:
-    """Storage of one tensor, row-major. place: `arena`, `const` (then `data`), `input` or `output` (then `name`, a port)."""
+    """Storage of one tensor, row-major. place: `arena`, `const` (then `data`), `input` or `output` (then `name`, a
+    port).
+    """
 
     shape: tuple[int, ...]
     dtype: str = "f32"
@@ -99,9 +101,9 @@ Source = Ref | Imm
 
 @dataclass(eq=False, slots=True)
 class Node:
-    """One piece of work. kind `ew`: `op` over `shape`, sources broadcast to it, into `out`. kind `reduce`: `op` (sum, rmax,
-    rmin) of the one source over `axes` of `shape`; out has those axes at 1. kind `gemm`: sources a (..., m, k) and
-    b (..., k, n) into out (..., m, n). Others: a step of anert.h with `args`."""
+    """One piece of work. kind `ew`: `op` over `shape`, sources broadcast to it, into `out`. kind `reduce`: `op` (sum,
+    rmax, rmin) of the one source over `axes` of `shape`; out has those axes at 1. kind `gemm`: sources a (..., m, k)
+    and b (..., k, n) into out (..., m, n). Others: a step of anert.h with `args`."""
 
     kind: str
     op: str

@@ -1,8 +1,8 @@
 """The reference backend: MIL interpreted by the op table's NumPy definitions. The living definition of every op.
 
-precision `exact`: float64 inside, and ports alone round to their dtype. `fp16`: every op's float result rounds to fp16, and
-contractions past the engine's limit become inf, so it tells whether a program will survive on the ANE. `float64`: nothing
-rounds, not even ports: what finite differences need.
+precision `exact`: float64 inside, and ports alone round to their dtype. `fp16`: every op's float result rounds to fp16,
+and contractions past the engine's limit become inf, so it tells whether a program will survive on the ANE. `float64`:
+nothing rounds, not even ports: what finite differences need.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ Watch = Callable[[int, Op, tuple[np.ndarray, ...]], None]
 
 
 class NonFinite(NamedTuple):
-    """Where a NaN or infinity first came from. index -1 and kind `input`: it was there when the function was called."""
+    """Where a NaN or infinity first came from: which op, its kind, its output's name, how many elements of it.
 
-    index: int
+    at -1 and kind `input`: it was there when the function was called.
+    """
+
+    at: int
     kind: str
     name: str
-    count: int
+    elements: int
 
 
 def _is_float(t: TensorType) -> bool:
@@ -80,14 +83,15 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
     """The outputs of `function` by name, in the dtypes of their ports (float64 in precision `float64`).
 
-    `inputs` maps every formal input to an array of its shape. `overflows` gathers, by the name of an op's output, how many
-    finite results became infinite in precision `fp16`. Raises InputError, or ShapeError for what does not fit.
+    `inputs` maps every formal input to an array of its shape. `overflows` gathers, by the name of an op's output, how
+    many finite results became infinite in precision `fp16`. Raises InputError, or ShapeError for what does not fit.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r} is unknown: expected one of {', '.join(PRECISIONS)}")
     names = [v.name for v in function.inputs]
     if set(names) != set(inputs):
-        raise ShapeError(f"{function.name!r} takes inputs {', '.join(names) or 'none'}, got {', '.join(inputs) or 'none'}")
+        takes, got = ", ".join(names) or "none", ", ".join(inputs) or "none"
+        raise ShapeError(f"{function.name!r} takes inputs {takes}, got {got}")
     loose = precision == "float64"
     values = {v: _argument(v, inputs[v.name], loose) for v in function.inputs}
     last = {v: i for i, op in enumerate(function.ops) for v in op.operands()}
@@ -142,8 +146,8 @@ class _Search:
 def first_nonfinite(function: Function, inputs: Mapping[str, Any], precision: str = "exact") -> NonFinite | None:
     """The first op whose result holds a NaN, or an infinity that no operand had; None if there is none.
 
-    An infinite constant (a mask) is no fault, nor what an infinite operand passes on without NaN. An output counts as its
-    port holds it: rounded to its dtype. A non-finite input is named before any op.
+    An infinite constant (a mask) is no fault, nor what an infinite operand passes on without NaN. An output counts as
+    its port holds it: rounded to its dtype. A non-finite input is named before any op.
     """
     for v in function.inputs:
         a = np.asarray(inputs.get(v.name, 0.0))

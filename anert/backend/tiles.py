@@ -1,8 +1,8 @@
 """Unit -> tile program: instructions by pass, registers, and how the space lies over rows, lanes and outer dims.
 
-Passes: a reduction folds its operand in pass p; what needs its result runs after pass p (once per tile, on what does not vary
-over the reduced dims) or in the body of pass p + 1. A value that a later body needs again is computed again if that is cheap,
-else kept in the tile's scratch.
+Passes: a reduction folds its operand in pass p; what needs its result runs after pass p (once per tile, on what does
+not vary over the reduced dims) or in the body of pass p + 1. A value that a later body needs again is computed again
+if that is cheap, else kept in the tile's scratch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FULL = LANES | ROWS
 CHUNK = 1024
 """Elements of a register: 4 KiB, so that eight of them fit the first-level cache."""
 MAX_REGISTERS = 64
-HEAVY = frozenset({"exp", "log", "tanh", "sigmoid", "erf", "pow", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh",
-                   "atanh", "mod", "i32_div", "i32_mod"})  # fmt: skip
+HEAVY = frozenset({"exp", "log", "tanh", "sigmoid", "erf", "pow", "sin", "cos", "tan", "asin", "acos", "atan", "sinh",
+                   "cosh", "atanh", "mod", "i32_div", "i32_mod"})  # fmt: skip
 """Ops that are kept rather than computed again."""
 CHEAP_OPS = 4
 FOLDS = frozenset({"sum", "rmax", "rmin"})
@@ -31,12 +31,13 @@ FOLDS = frozenset({"sum", "rmax", "rmin"})
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A view over the program's dims. root None: the tile's scratch."""
+    """A view over the program's dims. root None: the tile's scratch. loops: strides of a region's loops."""
 
     root: Root | None
     dtype: str
     offset: int
     strides: tuple[int, ...]
+    loops: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -108,10 +109,10 @@ class _Axes:
         return tuple(unit_strides[g[-1]] if g else 0 for g in self.groups)
 
 
-def _merge(space: Space, views: list[tuple[int, ...]]) -> list[list[int]]:
-    """Neighbouring dims that every view steps through as one."""
+def _merge(space: Space, views: list[tuple[int, ...]], first: int) -> list[list[int]]:
+    """Neighbouring dims from `first` on that every view steps through as one."""
     groups: list[list[int]] = []
-    for d in range(len(space.dims)):
+    for d in range(first, len(space.dims)):
         last = groups[-1][-1] if groups else -1
         if groups and space.flags[last] == space.flags[d]:
             n = space.dims[d]
@@ -122,9 +123,11 @@ def _merge(space: Space, views: list[tuple[int, ...]]) -> list[list[int]]:
     return groups
 
 
-def _axes(space: Space, views: list[tuple[int, ...]]) -> _Axes:
-    """Choose lanes and rows among the merged dims, and put them last."""
-    groups = _merge(space, views)
+def _axes(space: Space, views: list[tuple[int, ...]], first: int) -> _Axes:
+    """Choose lanes and rows among the merged dims from `first` on, and put them last."""
+    groups = _merge(space, views, first)
+    if first:  # a region: queries and keys
+        groups = [[first], [first + 1]]
     extent = {id(g): math.prod(space.dims[d] for d in g) for g in groups}
     folds = [g for g in groups if space.flags[g[0]]]
 
@@ -133,7 +136,7 @@ def _axes(space: Space, views: list[tuple[int, ...]]) -> _Axes:
         points = sum(2.0 if s == 1 else 0.5 if s == 0 else -1.0 for s in found)
         return (points if extent[id(g)] >= 8 else points - len(found)), g[-1]
 
-    lanes = max(groups, key=score, default=None)
+    lanes = groups[-1] if first else max(groups, key=score, default=None)
     rest = [g for g in groups if g is not lanes]
     rows: list[int] | None = None
     if lanes is not None and folds and lanes not in folds:
@@ -144,7 +147,7 @@ def _axes(space: Space, views: list[tuple[int, ...]]) -> _Axes:
     outer = [g for g in rest if g is not rows]
     if len(outer) > DIMS - 2:
         raise UnsupportedError(f"an elementwise program over {len(groups)} unmergeable dims: 'cpu' runs up to {DIMS}")
-    order = [[] for _ in range(DIMS - 2 - len(outer))] + outer + [rows or [], lanes or []]
+    order: list[list[int]] = [[] for _ in range(DIMS - 2 - len(outer))] + outer + [rows or [], lanes or []]
     dims = tuple(math.prod(space.dims[d] for d in g) for g in order)
     reduced = sum(1 << i for i, g in enumerate(order) if g and space.flags[g[0]])
     return _Axes(order, dims, reduced)
@@ -154,15 +157,17 @@ def _axes(space: Space, views: list[tuple[int, ...]]) -> _Axes:
 
 
 class TileBuilder:
-    """Builds the program of one unit. `stored(root)`: whether a value must reach memory."""
+    """Builds the program of one unit. `outside`: roots that must be in memory. loops: as many leading dims of the
+    space are a region's loops, not the program's."""
 
-    def __init__(self, unit: Unit, outside: set[Root]) -> None:
+    def __init__(self, unit: Unit, outside: set[Root], loops: int | None = None) -> None:
         assert unit.space is not None
         self.unit, self.space, self.outside = unit, unit.space, outside
         self.values: list[_Value] = []
         self.loads: dict[tuple[Root, int, tuple[int, ...]], int] = {}
         self.made: dict[Root, int] = {}
-        self.axes = _axes(self.space, self._all_strides())
+        self.loops = loops
+        self.axes = _axes(self.space, self._all_strides(), loops or 0)
         self.lanes_reduced = bool(self.axes.reduced >> (DIMS - 1) & 1)
         self.rows_reduced = bool(self.axes.reduced >> (DIMS - 2) & 1)
 
@@ -203,7 +208,8 @@ class TileBuilder:
         return value.number
 
     def _view(self, ref: Ref, strides: tuple[int, ...]) -> View:
-        return View(ref.root, ref.dtype, ref.layout.offset, self.axes.strides(strides))
+        loops = () if self.loops is None else strides[: self.loops + 1]
+        return View(ref.root, ref.dtype, ref.layout.offset, self.axes.strides(strides), loops)
 
     def _load(self, ref: Ref, full: bool) -> int:
         strides = self.space.strides(ref, full)
@@ -223,10 +229,10 @@ class TileBuilder:
             else:
                 sources.append(self.made[s.root] if s.root in self.made else self._load(s, full))
         kind, phase = 0, 0
-        for s in sources:
-            if isinstance(s, int):
-                kind |= self.values[s].kind
-                phase = max(phase, self.values[s].phase)
+        for number in sources:
+            if isinstance(number, int):
+                kind |= self.values[number].kind
+                phase = max(phase, self.values[number].phase)
         if n.kind == "reduce":
             phase += phase & 1  # a body
             value = _Value(kind & ~self._reduced_bits(), phase + 1, n.op, tuple(sources))
@@ -433,13 +439,16 @@ class _Schedule:
         return self.numbers - 1
 
     def allot(self) -> int:
-        """Replace value numbers by registers; those that outlive their phase keep theirs. Returns how many there are."""
+        """Replace value numbers by registers; those that outlive their phase keep theirs. Returns how many there
+        are.
+        """
         last: dict[int, int] = {}
         for at, i in enumerate(self.instrs):
             for n in (*i.sources(), i.dst):
                 last[n] = at
         register = {n: k for k, n in enumerate(sorted(self.lasting))}
-        count, free = len(register), []
+        count = len(register)
+        free: list[int] = []
         for at, i in enumerate(self.instrs):
             done = {n for n in i.sources() if n >= 0 and n not in self.lasting and last[n] == at}
             a, b, c = (register[n] if n >= 0 else -1 for n in i.sources())

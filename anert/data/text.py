@@ -98,7 +98,7 @@ def _split(blocks: Iterable[str], split: str) -> Iterator[tuple[str, bool]]:
         if len(held) > LONG:
             # What stays may be the start of a separator: of the mark, or whitespace of a blank line.
             keep = len(END_OF_TEXT) if split == "endoftext" else len(held) - len(held.rstrip())
-            at = len(held) - keep
+            at = max(0, len(held) - keep)
             yield held[:at], False
             held = held[at:]
     yield held, True

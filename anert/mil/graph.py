@@ -240,7 +240,7 @@ class Function:
                 users.setdefault(v, []).append(op)
         return users
 
-    def structure(self) -> tuple:
+    def structure(self) -> tuple[Any, ...]:
         """A hashable picture of everything that equality compares."""
 
         def attr(a: Any) -> Any:

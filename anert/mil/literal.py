@@ -17,6 +17,7 @@ _CHUNK = 1 << 20
 """Characters of a literal that are converted at a time: bounds the memory that the split takes."""
 _OPEN = str.maketrans("[]", "  ")
 _SKELETON = {code: None for code in range(128) if chr(code) not in "[],"}
+_RANGES = {name: (int(np.iinfo(t).min), int(np.iinfo(t).max)) for name, t in DTYPES.items() if t.kind in "iu"}
 _BOOLS = {"true": True, "false": False}
 
 
@@ -84,8 +85,11 @@ def to_constant(literal: Literal, dtype: str, shape: tuple[int, ...]) -> Any:
     """A literal as a Python constant: number, bool, str, or tuples of them. Raises ValueError like `to_array`."""
     if dtype == "string":
         return _strings(literal, shape)
-    if isinstance(literal, str) and not shape and dtype == "bool" and literal in _BOOLS:
-        return _BOOLS[literal]
+    if isinstance(literal, str) and len(shape) < 2:  # most arguments: done without an array
+        words = literal[1:-1].split(",") if shape and literal.count("[") == 1 else [literal]
+        if len(words) == (shape[0] if shape else 1) and DTYPES[dtype].kind in "iub" and literal:
+            plain = _integers(words, dtype) if dtype != "bool" else _booleans(words)
+            return tuple(plain) if shape else plain[0]
     return to_tuples(to_array(literal, dtype, shape).tolist())
 
 
@@ -147,17 +151,31 @@ def _numbers(body: str, dtype: str) -> np.ndarray:
 
 def _convert(words: list[str], dtype: str) -> np.ndarray:
     target = DTYPES[dtype]
+    if target.kind == "b":
+        return np.array(_booleans(words), target)
+    if target.kind != "f":
+        return np.array(_integers(words, dtype), target)
     try:
-        if target.kind == "f":
-            floats = [float.fromhex(w) if "x" in w or "X" in w else float(w) for w in words]
-            with np.errstate(over="ignore"):
-                return np.array(floats, target)
-        if target.kind == "b":
-            return np.array([_BOOLS[w.strip()] for w in words], target)
-        integers = [int(w) for w in words]
-    except (ValueError, KeyError, OverflowError):
+        floats = [float.fromhex(w) if "x" in w or "X" in w else float(w) for w in words]
+    except (ValueError, OverflowError):
         raise ValueError(f"literals of type {dtype}") from None
-    info = np.iinfo(target)
-    if min(integers) < info.min or max(integers) > info.max:
-        raise ValueError(f"integers from {info.min} to {info.max}")
-    return np.array(integers, target)
+    with np.errstate(over="ignore"):
+        return np.array(floats, target)
+
+
+def _booleans(words: list[str]) -> list[bool]:
+    try:
+        return [_BOOLS[w.strip()] for w in words]
+    except KeyError:
+        raise ValueError("literals of type bool") from None
+
+
+def _integers(words: list[str], dtype: str) -> list[int]:
+    try:
+        integers = [int(w) for w in words]
+    except ValueError:
+        raise ValueError(f"literals of type {dtype}") from None
+    low, high = _RANGES[dtype]
+    if min(integers) < low or max(integers) > high:
+        raise ValueError(f"integers from {low} to {high}")
+    return integers

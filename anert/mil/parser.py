@@ -35,8 +35,11 @@ MAX_RANK = 32
 _OPSET = re.compile(r"ios1[3-8]")
 
 
-def parse(text: str, source: str = "<mil>", blobs: Mapping[str, bytes] | None = None) -> Module:
-    """The Module that a MIL text spells; `blobs` maps BLOBFILE paths, as written, to the files' contents.
+def parse(
+    text: str, source: str = "<mil>", blobs: Mapping[str, bytes] | None = None, placeholders: bool = False
+) -> Module:
+    """The Module that a MIL text spells; `blobs` maps BLOBFILE paths, as written, to the files' contents. With
+    `placeholders`, constants of files that are not there are zeros (of one element's memory): enough to look at types.
 
     Raises MILSyntaxError (grammar, unknown or repeated names), ShapeError (an op's arguments, or declared types that
     differ from inferred ones), UnsupportedError (an op outside the table, state, flexible shapes) and InputError
@@ -45,7 +48,7 @@ def parse(text: str, source: str = "<mil>", blobs: Mapping[str, bytes] | None = 
     tree = parse_syntax(text, source)
     module = Module(build_info=_build_info(tree.attrs.get("buildInfo")))
     for function in tree.functions:
-        module.functions[function.name] = _Builder(tree, function, blobs or {}).build()
+        module.functions[function.name] = _Builder(tree, function, blobs or {}, placeholders).build()
     return module
 
 
@@ -75,8 +78,8 @@ class _Const:
 class _Builder:
     """One function of the tree on its way into the graph."""
 
-    def __init__(self, tree: Program, syntax: FunctionSyntax, blobs: Mapping[str, bytes]) -> None:
-        self.tree, self.syntax, self.blobs = tree, syntax, blobs
+    def __init__(self, tree: Program, syntax: FunctionSyntax, blobs: Mapping[str, bytes], placeholders: bool) -> None:
+        self.tree, self.syntax, self.blobs, self.placeholders = tree, syntax, blobs, placeholders
         self.function = Function(syntax.name, syntax.opset)
         self.values: dict[str, Value] = {}
         self.consts: dict[str, _Const] = {}
@@ -188,6 +191,8 @@ class _Builder:
     def array(self, typed: Typed, type: TensorType) -> np.ndarray:
         if isinstance(typed.literal, Blob):
             path = typed.literal.path
+            if path not in self.blobs and self.placeholders:
+                return np.broadcast_to(np.zeros((), DTYPES[type.dtype]), type.shape)
             if path not in self.blobs:
                 known = ", ".join(self.blobs) or "none"
                 raise self.at(InputError(f"weight file {path!r} was not given (given: {known})"), typed.token)

@@ -1,7 +1,7 @@
 """MIL ops to trace with: `ops.matmul(w, x)`, `ops.softmax(s, axis=-1)`, and the operators of Value.
 
-One function an op, with Core ML's argument names and defaults; scalars and arrays beside a Value become constants of its
-dtype. Importing this module fills the op table (table.py) and gives Value its operators.
+One function an op, with Core ML's argument names and defaults; scalars and arrays beside a Value become constants of
+its dtype. Importing this module fills the op table (table.py) and gives Value its operators.
 """
 
 from anert.mil.ops.activation import gelu, leaky_relu, relu, sigmoid, silu, softplus, tanh
@@ -68,12 +68,12 @@ from anert.mil.ops.view import expand_dims, reshape, slice_by_index, slice_by_si
 attach()
 
 __all__ = [
-    "TABLE", "OpDef", "abs", "add", "cast", "ceil", "clip", "concat", "const", "conv", "conv_transpose", "cos", "emit",
-    "equal", "erf", "exp", "exp2", "expand_dims", "floor", "floor_div", "gather", "gather_along_axis", "gelu", "greater",
-    "greater_equal", "identity", "inverse", "layer_norm", "leaky_relu", "less", "less_equal", "linear", "log",
-    "logical_and", "logical_not", "logical_or", "lookup", "matmul", "maximum", "minimum", "mod", "mul", "not_equal",
-    "pad", "pow", "real_div", "reduce_argmax", "reduce_max", "reduce_mean", "reduce_min", "reduce_sum",
-    "reduce_sum_square", "relu", "reshape", "round", "rsqrt", "scaled_dot_product_attention", "scatter",
-    "scatter_along_axis", "select", "sigmoid", "sign", "silu", "sin", "slice_by_index", "slice_by_size", "softmax",
-    "softplus", "split", "sqrt", "square", "squeeze", "stack", "sub", "tanh", "tile", "transpose",
+    "OpDef", "TABLE", "abs", "add", "cast", "ceil", "clip", "concat", "const", "conv", "conv_transpose", "cos",
+    "emit", "equal", "erf", "exp", "exp2", "expand_dims", "floor", "floor_div", "gather", "gather_along_axis",
+    "gelu", "greater", "greater_equal", "identity", "inverse", "layer_norm", "leaky_relu", "less", "less_equal",
+    "linear", "log", "logical_and", "logical_not", "logical_or", "lookup", "matmul", "maximum", "minimum", "mod",
+    "mul", "not_equal", "pad", "pow", "real_div", "reduce_argmax", "reduce_max", "reduce_mean", "reduce_min",
+    "reduce_sum", "reduce_sum_square", "relu", "reshape", "round", "rsqrt", "scaled_dot_product_attention",
+    "scatter", "scatter_along_axis", "select", "sigmoid", "sign", "silu", "sin", "slice_by_index", "slice_by_size",
+    "softmax", "softplus", "split", "sqrt", "square", "squeeze", "stack", "sub", "tanh", "tile", "transpose",
 ]  # fmt: skip

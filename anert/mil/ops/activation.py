@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from anert.mil.graph import Op, TensorType, Value
-from anert.mil.ops.build import FLOAT, choice, differentiable, one, one_dtype, tensor, times
+from anert.mil.ops.build import FLOAT, Arrays, Attrs, choice, differentiable, one, one_dtype, tensor, times
 from anert.mil.ops.core import greater, select
 from anert.mil.ops.elementwise import erf, exp, unary
 from anert.mil.ops.table import Arg, OpDef, Types, define
 
-Attrs = Mapping[str, Any]
-
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return np.exp(-np.logaddexp(0.0, -x))
+    return np.asarray(np.exp(-np.logaddexp(0.0, -x)))
 
 
 def _silu_grad(x: Value, y: Value, dout: Value) -> Value:
@@ -75,13 +72,15 @@ def _gelu_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("gelu", one_dtype("gelu", types, ("x",), FLOAT), types["x"].shape)]
 
 
-def _gelu_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _gelu_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     x = inputs["x"]
     if attrs["mode"] == "EXACT":
-        return 0.5 * x * _erfc(-x / math.sqrt(2.0))
-    if attrs["mode"] == "TANH_APPROXIMATION":
-        return x * _sigmoid(2.0 * _SQRT_2_OVER_PI * (x + _CUBIC * x**3))  # 0.5 (1 + tanh u) = sigmoid(2 u)
-    return x * _sigmoid(1.702 * x)
+        gate = 0.5 * _erfc(-x / math.sqrt(2.0))
+    elif attrs["mode"] == "TANH_APPROXIMATION":
+        gate = _sigmoid(2.0 * _SQRT_2_OVER_PI * (x + _CUBIC * x**3))  # 0.5 (1 + tanh u) = sigmoid(2 u)
+    else:
+        gate = _sigmoid(1.702 * x)
+    return np.asarray(x * gate)
 
 
 def _gelu_gate(x: Value, mode: str) -> Value:

@@ -16,6 +16,12 @@ ARITHMETIC = (*FLOAT, "int32")
 INDEX = ("int32", "int16", "uint16", "int8", "uint8")
 ANY = (*FLOAT, *INDEX, "bool")
 
+Attrs = Mapping[str, Any]
+"""Attributes by name, resolved."""
+
+Arrays = Mapping[str, np.ndarray]
+"""Operands by name, as the NumPy definitions take them."""
+
 HOST = frozenset({"cpu", "reference"})
 """Backends of ops that only gradients need, or that the engine does not take (ane_facts 3.5)."""
 
@@ -47,8 +53,8 @@ def tensor(kind: str, dtype: str, shape: Iterable[int]) -> TensorType:
 
 
 def one_dtype(kind: str, types: Types, names: Sequence[str], domain: Sequence[str]) -> str:
-    """The dtype that the present operands among `names` share. Raises ShapeError if they differ or are not in `domain`."""
-    given = {n: types[n].dtype for n in names if n in types}
+    """The dtype that those of `names` that are there share. Raises ShapeError if they differ or are not in `domain`."""
+    given: dict[str, str] = {n: types[n].dtype for n in names if n in types}
     for name, dtype in given.items():
         if dtype not in domain:
             raise ShapeError(f"{kind}: {name} is {dtype}, expected {' or '.join(domain)}: cast it")
@@ -101,7 +107,8 @@ def broadcast(kind: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
     for dims in zip(*padded, strict=True):
         sizes = {d for d in dims if d != 1} or {1}
         if len(sizes) > 1:
-            raise ShapeError(f"{kind}: shapes {' and '.join(map(str, shapes))} do not broadcast: make unequal dimensions 1")
+            named = " and ".join(map(str, shapes))
+            raise ShapeError(f"{kind}: shapes {named} do not broadcast: dimensions must be equal or 1")
         out.append(sizes.pop())
     return tuple(out)
 
@@ -141,7 +148,7 @@ def operands(kind: str, dtypes: Mapping[str, str] | None = None, **given: Any) -
     """
     of = {k: v for k, v in given.items() if isinstance(v, Value)}
     if not of:
-        raise ShapeError(f"{kind} needs at least one operand that is a Value, got {', '.join(map(repr, given.values()))}")
+        raise ShapeError(f"{kind} needs at least one operand that is a Value, got {tuple(given.values())!r}")
     function = next(iter(of.values())).function
     dtype = next((v.dtype for k, v in of.items() if k not in (dtypes or {})), "fp16")
     return {
@@ -164,7 +171,7 @@ def zeros(like: Value, shape: tuple[int, ...]) -> Value:
 
 
 def broadcast_to(v: Value, shape: tuple[int, ...]) -> Value:
-    """`v` (of the rank of `shape`) repeated along its axes of size 1, by adding a constant no larger than those axes."""
+    """`v` (of the rank of `shape`) repeated along its axes of size 1, by adding zeros no larger than those axes."""
     if v.shape == shape:
         return v
     grown = tuple(1 if have == want else want for have, want in zip(v.shape, shape, strict=True))

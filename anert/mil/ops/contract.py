@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from anert.mil.graph import Op, TensorType, Value
 from anert.mil.ops.build import (
     ARITHMETIC,
     FLOAT,
+    Arrays,
+    Attrs,
     Tensorlike,
     broadcast,
     differentiable,
@@ -27,9 +29,6 @@ from anert.mil.ops.build import (
 from anert.mil.ops.core import select
 from anert.mil.ops.reduce import softmax, softmax_numpy, softmax_slope
 from anert.mil.ops.table import Arg, OpDef, Types, define
-
-Attrs = Mapping[str, Any]
-
 
 # matmul
 
@@ -62,7 +61,7 @@ def _matmul_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("matmul", dtype, shape)]
 
 
-def _matmul_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _matmul_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     x, y = inputs["x"], inputs["y"]
     x = np.swapaxes(x, -1, -2) if attrs["transpose_x"] else x
     y = np.swapaxes(y, -1, -2) if attrs["transpose_y"] else y
@@ -137,8 +136,8 @@ def _linear_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("linear", dtype, (*x.shape[:-1], w.shape[0]))]
 
 
-def _linear_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
-    y = np.matmul(inputs["x"], inputs["weight"].T)
+def _linear_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
+    y: np.ndarray = np.matmul(inputs["x"], inputs["weight"].T)
     return y + inputs["bias"] if "bias" in inputs else y
 
 
@@ -184,7 +183,7 @@ def linear(x: Value, weight: Tensorlike, bias: Tensorlike | None = None, *, name
 # scaled_dot_product_attention
 
 MASKED = -65504.0
-"""Score of a masked position where a bool mask is made explicit: the least finite fp16 (ane_facts 4: the engine ignores masks)."""
+"""Score of a masked position where a bool mask is made explicit (ane_facts 4): the least finite fp16."""
 
 
 def _attention_infer(types: Types, attrs: Attrs) -> list[TensorType]:
@@ -208,12 +207,12 @@ def _attention_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor(kind, dtype, (*q.shape[:-1], v.shape[-1]))]
 
 
-def _attention_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _attention_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     q, k, v, mask = inputs["query"], inputs["key"], inputs["value"], inputs.get("attn_mask")
-    scores = np.matmul(q, np.swapaxes(k, -1, -2)) / math.sqrt(q.shape[-1])
+    scores: np.ndarray = np.matmul(q, np.swapaxes(k, -1, -2)) / math.sqrt(q.shape[-1])
     if mask is not None:
         scores = scores + (np.where(mask, 0.0, -np.inf) if mask.dtype.kind == "b" else mask)
-    return np.matmul(softmax_numpy(scores, -1), v)
+    return np.asarray(np.matmul(softmax_numpy(scores, -1), v))
 
 
 def _probabilities(q: Value, k: Value, mask: Value | None) -> Value:
@@ -242,8 +241,8 @@ def _attention_grad(op: Op, douts: tuple[Value | None, ...]) -> dict[str, Any]:
 
 
 def _attention_flops(types: Types, attrs: Attrs, outs: Sequence[TensorType]) -> int:
-    q, k, v = types["query"].shape, types["key"].shape, types["value"].shape
-    return 2 * size(q[:-1]) * k[-2] * (q[-1] + v[-1])
+    q, v = types["query"].shape, types["value"].shape
+    return 2 * size((*q[:-1], v[-2], q[-1] + v[-1]))
 
 
 define(

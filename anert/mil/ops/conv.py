@@ -5,7 +5,7 @@ Layout: x (N, C_in, *D); conv's weight (C_out, C_in/groups, *K), conv_transpose'
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -16,6 +16,8 @@ from anert.mil.graph import Op, TensorType, Value
 from anert.mil.ops.build import (
     FLOAT,
     HOST,
+    Arrays,
+    Attrs,
     Tensorlike,
     choice,
     differentiable,
@@ -31,7 +33,6 @@ from anert.mil.ops.reduce import reduce_sum
 from anert.mil.ops.table import Arg, OpDef, Types, define
 from anert.mil.ops.view import slice_by_size, transpose
 
-Attrs = Mapping[str, Any]
 Pads = list[tuple[int, int]]
 
 
@@ -64,14 +65,14 @@ def _bias_of(kind: str, types: Types, channels: int) -> None:
         raise ShapeError(f"{kind}: bias has shape {types['bias'].shape}, expected ({channels},)")
 
 
-def _biased(y: np.ndarray, inputs: Attrs) -> np.ndarray:
+def _biased(y: np.ndarray, inputs: Arrays) -> np.ndarray:
     return y + inputs["bias"].reshape(-1, *(1,) * (y.ndim - 2)) if "bias" in inputs else y
 
 
-def _taps(weight: tuple[int, ...], attrs: Attrs) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Every kernel position and its offset in x."""
+def _taps(weight: tuple[int, ...], attrs: Attrs) -> list[tuple[tuple[Any, ...], tuple[int, ...]]]:
+    """Every kernel position, as an index of the weight's last axes, and its offset in x."""
     places = product(*(range(k) for k in weight[2:]))
-    return [(k, tuple(i * d for i, d in zip(k, attrs["dilations"], strict=True))) for k in places]
+    return [((..., *k), tuple(i * d for i, d in zip(k, attrs["dilations"], strict=True))) for k in places]
 
 
 def _window(offset: tuple[int, ...], out: Sequence[int], attrs: Attrs) -> tuple[Any, ...]:
@@ -108,7 +109,7 @@ def _conv_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("conv", dtype, (x[0], w[0], *out))]
 
 
-def _conv_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _conv_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     x, w, g = inputs["x"], inputs["weight"], attrs["groups"]
     pads = conv_pads(x.shape, w.shape, attrs)
     padded = np.pad(x, [(0, 0), (0, 0), *pads])
@@ -118,19 +119,22 @@ def _conv_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
     wg = w.reshape(g, w.shape[0] // g, *w.shape[1:])
     y = np.zeros((x.shape[0], g, w.shape[0] // g, *out))
     for k, offset in _taps(w.shape, attrs):
-        y += np.einsum("ngc...,goc->ngo...", xg[_window(offset, out, attrs)], wg[(..., *k)])
+        y += np.einsum("ngc...,goc->ngo...", xg[_window(offset, out, attrs)], wg[k])
     return _biased(y.reshape(x.shape[0], w.shape[0], *out), inputs)
 
 
 def _weight_grad(x: Value, dout: Value, w: tuple[int, ...], attrs: Attrs, pads: Pads) -> Value:
-    """dw[o, c, k] = sum over n, t of dout[n, o, t] x[n, c, t * stride + k * dilation - before]: a convolution of x by dout
-    with batch and channels exchanged, stride and dilation exchanged, and the groups' batches side by side as channels."""
+    """dw[o, c, k] = sum over n, t of dout[n, o, t] x[n, c, t * stride + k * dilation - before].
+
+    That is a convolution of x by dout, with batch and channels exchanged, stride and dilation exchanged, and the
+    groups' batches side by side as channels.
+    """
     n, channels, groups = x.shape[0], x.shape[1], attrs["groups"]
     each, rank = channels // groups, len(x.shape)
     grouped = x.reshape(n, groups, each, *x.shape[2:])
     swapped = transpose(grouped, (2, 1, 0, *range(3, rank + 1))).reshape(each, groups * n, *x.shape[2:])
     kernel = transpose(dout, (1, 0, *range(2, rank)))  # (C_out, N, *D_out)
-    options = {"strides": attrs["dilations"], "dilations": attrs["strides"], "groups": groups}
+    options: dict[str, Any] = {"strides": attrs["dilations"], "dilations": attrs["strides"], "groups": groups}
     flat = tuple(p for pair in pads for p in pair)
     full = conv(swapped, kernel, pad_type="custom", pad=flat, **options)  # (C_in / groups, C_out, at least *K)
     return transpose(slice_by_size(full, (0,) * rank, (each, w[0], *w[2:])), (1, 0, *range(2, rank)))
@@ -201,10 +205,10 @@ def _transpose_resolve(types: Types, attrs: Attrs) -> dict[str, Any]:
     kind, x, w = "conv_transpose", types["x"].shape, types["weight"].shape
     resolved = _resolved(kind, ("valid", "same", "custom"), types, attrs)
     if attrs["output_shape"] is not None:
-        asked = attrs["output_shape"]
+        asked, outer = attrs["output_shape"], (x[0], w[1] * attrs["groups"])
         length(kind, "output_shape", asked, len(x))
-        if asked[:2] != (x[0], w[1] * attrs["groups"]):
-            raise ShapeError(f"{kind}: output_shape {asked} must start with (N, C_out) = {(x[0], w[1] * attrs['groups'])}")
+        if asked[:2] != outer:
+            raise ShapeError(f"{kind}: output_shape {asked} must start with (N, C_out) = {outer}")
     return resolved
 
 
@@ -229,7 +233,7 @@ def _transpose_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor(kind, dtype, (x[0], w[1] * groups, *(n for _, n in transpose_crop(x, w, attrs))))]
 
 
-def _transpose_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _transpose_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     x, w, g = inputs["x"], inputs["weight"], attrs["groups"]
     crop = transpose_crop(x.shape, w.shape, attrs)
     room = [max(n, start + count) for n, (start, count) in zip(_full(x.shape, w.shape, attrs), crop, strict=True)]
@@ -237,8 +241,9 @@ def _transpose_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
     wg = w.reshape(g, w.shape[0] // g, *w.shape[1:])
     y = np.zeros((x.shape[0], g, w.shape[1], *room))
     for k, offset in _taps(w.shape, attrs):
-        y[_window(offset, x.shape[2:], attrs)] += np.einsum("ngc...,gco->ngo...", xg, wg[(..., *k)])
-    y = y[(..., *(slice(start, start + count) for start, count in crop))]
+        y[_window(offset, x.shape[2:], attrs)] += np.einsum("ngc...,gco->ngo...", xg, wg[k])
+    kept: tuple[Any, ...] = (..., *(slice(start, start + count) for start, count in crop))
+    y = y[kept]
     return _biased(y.reshape(x.shape[0], g * w.shape[1], *y.shape[3:]), inputs)
 
 
@@ -304,6 +309,6 @@ def conv_transpose(
     name: str | None = None,
 ) -> Value:
     """The transpose of conv, which is the gradient of its x; `output_shape` settles what strides leave open."""
-    attrs = {"pad": pad, "output_shape": output_shape, "pad_type": pad_type, "strides": strides}
+    attrs: dict[str, Any] = {"pad": pad, "output_shape": output_shape, "pad_type": pad_type, "strides": strides}
     attrs |= {"dilations": dilations, "groups": groups}
     return one("conv_transpose", operands("conv_transpose", x=x, weight=weight, bias=bias), attrs, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from anert.mil.ops.build import (
     ANY,
     ARITHMETIC,
     FLOAT,
+    Arrays,
+    Attrs,
     BinaryOp,
     Tensorlike,
     broadcast,
@@ -25,15 +27,13 @@ from anert.mil.ops.build import (
 )
 from anert.mil.ops.table import Arg, OpDef, Types, define
 
-Attrs = Mapping[str, Any]
-
 
 def _const_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [TensorType(mil_dtype(attrs["val"].dtype), attrs["val"].shape)]
 
 
-def _const_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
-    val = attrs["val"]
+def _const_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
+    val: np.ndarray = attrs["val"]
     return val.astype(np.float64) if val.dtype.kind == "f" else val
 
 
@@ -51,9 +51,14 @@ def _identity_infer(types: Types, attrs: Attrs) -> list[TensorType]:
 
 define(
     OpDef(
-        "identity", (Arg("x"),), _identity_infer, lambda i, a: i["x"], lambda op, douts: {"x": douts[0]}, category="view"
+        "identity",
+        (Arg("x"),),
+        _identity_infer,
+        lambda i, a: i["x"],
+        lambda op, douts: {"x": douts[0]},
+        category="view",
     )
-)  # fmt: skip
+)
 
 
 def identity(x: Value, *, name: str | None = None) -> Value:
@@ -68,7 +73,7 @@ def _cast_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("cast", attrs["dtype"], types["x"].shape)]
 
 
-def _cast_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _cast_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     """Floats stay as they are between float dtypes (only ports round); to an integer truncates towards zero."""
     to = np.dtype(np.float64) if attrs["dtype"] in FLOAT else DTYPES[attrs["dtype"]]
     return inputs["x"].astype(to)

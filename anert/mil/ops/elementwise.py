@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from anert.mil.ops.build import (
     ARITHMETIC,
     FLOAT,
     HOST,
+    Attrs,
     BinaryOp,
     Tensorlike,
     UnaryOp,
@@ -25,10 +26,9 @@ from anert.mil.ops.build import (
     times,
     unbroadcast,
 )
-from anert.mil.ops.core import greater_equal, less_equal, logical_and, select
+from anert.mil.ops.core import greater, greater_equal, less_equal, logical_and, select
 from anert.mil.ops.table import Arg, OpDef, Types, define
 
-Attrs = Mapping[str, Any]
 Slopes = Callable[[Value, Value, Value, Value], tuple[Value | None, Value | None]]
 """(x, y, out, dout) -> the gradients of x and y before their broadcasts are undone."""
 
@@ -115,14 +115,14 @@ def _powers(x: Value, y: Value, out: Value, dout: Value) -> tuple[Value | None, 
     if y.const is not None and y.const.size == 1:
         c = float(y.const.reshape(()))
         return (times(dout, _power_slope(x, c, out)) if c else None), None
-    dx = times(dout, y * pow(x, y - 1.0))
-    return dx, times(dout, out * log(x)) if differentiable(y) else None
+    dx = times(dout, y * pow(x, y - 1.0)) if differentiable(x) else None
+    if not differentiable(y):
+        return dx, None
+    return dx, times(dout, select(greater(x, 0.0), out * log(x), 0.0))  # 0 ** y is flat in y
 
 
 add = _binary("add", np.add, lambda x, y, out, dout: (dout, dout), "x + y.")
-sub = _binary(
-    "sub", np.subtract, lambda x, y, out, dout: (dout, -dout if differentiable(y) else None), "x - y."
-)  # fmt: skip
+sub = _binary("sub", np.subtract, lambda x, y, out, dout: (dout, -dout if differentiable(y) else None), "x - y.")
 mul = _binary(
     "mul",
     np.multiply,
@@ -137,9 +137,7 @@ maximum = _binary("maximum", np.maximum, _larger, "The larger of x and y.")
 minimum = _binary("minimum", np.minimum, _smaller, "The smaller of x and y.")
 pow = _binary("pow", _truncated(np.power), _powers, "x to the power y; a negative x needs an integral y.")
 floor_div = _binary("floor_div", np.floor_divide, None, "x / y rounded down.")
-mod = _binary(
-    "mod", np.mod, lambda x, y, out, dout: (dout, -dout * floor_div(x, y)), "x - y * floor(x / y)."
-)  # fmt: skip
+mod = _binary("mod", np.mod, lambda x, y, out, dout: (dout, -dout * floor_div(x, y)), "x - y * floor(x / y).")
 
 
 # One operand
@@ -156,7 +154,7 @@ def unary(
     decompose: Callable[[Value], Value] | None = None,
     epsilon: float | None = None,
 ) -> UnaryOp:
-    """Define an op of one operand. `slope(x, out, dout)` is the gradient; `epsilon` is the default of that attribute."""
+    """Define an op of one operand. `slope(x, out, dout)` is its gradient; `epsilon` is that attribute's default."""
     args = (Arg("x"),) if epsilon is None else (Arg("x"), Arg("epsilon", "attr", "fp", epsilon))
 
     def infer(types: Types, attrs: Attrs) -> list[TensorType]:
@@ -240,6 +238,7 @@ exp2 = unary(
     "2 to the power x.",
     domain=ARITHMETIC,
 )
+sign = unary("sign", np.sign, None, "-1, 0 or 1.", domain=ARITHMETIC)
 abs = unary("abs", np.abs, lambda x, y, dout: times(dout, sign(x)), "The magnitude.", domain=ARITHMETIC)
 square = unary(
     "square",
@@ -249,12 +248,11 @@ square = unary(
     domain=ARITHMETIC,
     decompose=lambda x: mul(x, x),
 )
-sign = unary("sign", np.sign, None, "-1, 0 or 1.", domain=ARITHMETIC)
 floor = unary("floor", np.floor, None, "Rounded down.")
 ceil = unary("ceil", np.ceil, None, "Rounded up.")
 round = unary("round", np.round, None, "Rounded to the nearest integer, halves to even.")
-sin = unary("sin", np.sin, lambda x, y, dout: times(dout, cos(x)), "The sine of radians.")
-cos = unary("cos", np.cos, lambda x, y, dout: times(dout, -sin(x)), "The cosine of radians.")
+sin: UnaryOp = unary("sin", np.sin, lambda x, y, dout: times(dout, cos(x)), "The sine of radians.")
+cos: UnaryOp = unary("cos", np.cos, lambda x, y, dout: times(dout, -sin(x)), "The cosine of radians.")
 erf = unary(
     "erf",
     _erf,

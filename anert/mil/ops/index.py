@@ -1,11 +1,10 @@
 """Ops that read or write where an index says: gather, gather_along_axis, scatter, scatter_along_axis.
 
-A negative index counts from the end. An index out of range has no meaning in Core ML; here it raises when it is evaluated.
+A negative index counts from the end. One that is out of range has no meaning in Core ML; here it raises when evaluated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,8 @@ from anert.mil.ops.build import (
     ARITHMETIC,
     HOST,
     INDEX,
+    Arrays,
+    Attrs,
     Tensorlike,
     axis_of,
     choice,
@@ -33,7 +34,6 @@ from anert.mil.ops.core import cast, less, select
 from anert.mil.ops.table import Arg, OpDef, Types, define
 from anert.mil.ops.view import transpose
 
-Attrs = Mapping[str, Any]
 VALUES = (*ARITHMETIC, "int16", "uint16", "int8", "uint8")
 INDICES = {"indices": "int32"}
 
@@ -72,8 +72,9 @@ def _axis_resolve(kind: str, operand: str) -> Any:
 def _gather_resolve(types: Types, attrs: Attrs) -> dict[str, Any]:
     axis = axis_of("gather", attrs["axis"], rank_of("gather", "x", types["x"], 1))
     b, x, indices = attrs["batch_dims"], types["x"].shape, types["indices"].shape
-    if not 0 <= b <= min(axis, len(indices)):
-        raise ShapeError(f"gather: batch_dims {b} must be 0 to {min(axis, len(indices))} for axis {axis}, indices {indices}")
+    most = min(axis, len(indices))
+    if not 0 <= b <= most:
+        raise ShapeError(f"gather: batch_dims {b} must be 0 to {most} for axis {axis} and indices {indices}")
     if x[:b] != indices[:b]:
         raise ShapeError(f"gather: x {x} and indices {indices} differ in their first {b} axes (batch_dims)")
     return {"axis": axis}
@@ -86,7 +87,7 @@ def _gather_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("gather", dtype, x[:axis] + indices[attrs["batch_dims"] :] + x[axis + 1 :])]
 
 
-def _gather_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _gather_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     x, axis, b = inputs["x"], attrs["axis"], attrs["batch_dims"]
     indices = _located("gather", inputs["indices"], x.shape[axis])
     if b == 0:
@@ -158,7 +159,7 @@ def gather(
     *,
     name: str | None = None,
 ) -> Value:
-    """Slices of x along `axis` at `indices`, whose axes take that axis' place; the first `batch_dims` axes are shared."""
+    """Slices of x along `axis` at `indices`, whose axes take its place; the first `batch_dims` axes are shared."""
     attrs = {"axis": axis, "batch_dims": batch_dims, "validate_indices": validate_indices}
     return one("gather", operands("gather", INDICES, x=x, indices=indices), attrs, name)
 
@@ -179,7 +180,7 @@ def _along_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("gather_along_axis", dtype, types["indices"].shape)]
 
 
-def _along_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _along_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     x, axis = inputs["x"], attrs["axis"]
     return np.take_along_axis(x, _located("gather_along_axis", inputs["indices"], x.shape[axis]), axis)
 
@@ -229,7 +230,7 @@ def _scatter_infer(types: Types, attrs: Attrs) -> list[TensorType]:
 
 
 def _written(data: np.ndarray, where: Any, updates: np.ndarray, mode: str) -> np.ndarray:
-    """data with updates written at the index expression `where`; repeats of an index all count, the last update wins."""
+    """data with updates written at the index expression `where`; repeated indices all count, the last update wins."""
     out = data.copy()
     if mode == "update":
         out[where] = updates
@@ -240,7 +241,7 @@ def _written(data: np.ndarray, where: Any, updates: np.ndarray, mode: str) -> np
     return out
 
 
-def _scatter_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _scatter_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     data, axis = inputs["data"], attrs["axis"]
     where = (slice(None),) * axis + (_located("scatter", inputs["indices"], data.shape[axis]),)
     return _written(data, where, inputs["updates"], attrs["mode"])
@@ -256,7 +257,7 @@ def _scatter_along_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor(kind, dtype, types["data"].shape)]
 
 
-def _scatter_along_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _scatter_along_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     data, axis = inputs["data"], attrs["axis"]
     where = list(np.ogrid[tuple(slice(d) for d in inputs["indices"].shape)])
     where[axis] = _located("scatter_along_axis", inputs["indices"], data.shape[axis])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from anert.mil.ops.build import (
     ANY,
     FLOAT,
     HOST,
+    Arrays,
+    Attrs,
     axis_of,
     choice,
     differentiable,
@@ -27,13 +29,12 @@ from anert.mil.ops.reduce import reduce_sum
 from anert.mil.ops.table import Arg, OpDef, Types, define, emit
 from anert.mil.ops.view import slice_by_index, slice_by_size
 
-Attrs = Mapping[str, Any]
-
 
 def _alike(kind: str, types: Types) -> tuple[str, Sequence[TensorType]]:
     """The common dtype of `values` and their types. Raises ShapeError if dtypes or ranks differ."""
     values = types["values"]
-    dtype = one_dtype(kind, {f"values[{i}]": t for i, t in enumerate(values)}, [f"values[{i}]" for i in range(len(values))], ANY)
+    named = {f"values[{i}]": t for i, t in enumerate(values)}
+    dtype = one_dtype(kind, named, tuple(named), ANY)
     if len({t.rank for t in values}) > 1:
         raise ShapeError(f"{kind}: values have shapes {', '.join(str(t.shape) for t in values)}: ranks must be equal")
     return dtype, values
@@ -55,11 +56,12 @@ def _concat_resolve(types: Types, attrs: Attrs) -> dict[str, Any]:
 def _concat_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     dtype, values = _alike("concat", types)
     axis, shape = attrs["axis"], list(values[0].shape)
+    free = () if attrs["interleave"] else (axis,)
     for i, t in enumerate(values):
-        same = all(a == b or (k == axis and not attrs["interleave"]) for k, (a, b) in enumerate(zip(shape, t.shape, strict=True)))
-        if not same:
-            where = "everywhere when interleaved" if attrs["interleave"] else f"except on axis {axis}"
-            raise ShapeError(f"concat: values[{i}] has shape {t.shape}, values[0] {tuple(shape)}: they must agree {where}")
+        if any(a != b for k, (a, b) in enumerate(zip(shape, t.shape, strict=True)) if k not in free):
+            where = f"except on axis {axis}" if free else "everywhere when interleaved"
+            shapes = f"values[0] has shape {tuple(shape)}, values[{i}] {t.shape}"
+            raise ShapeError(f"concat: {shapes}: they must agree {where}")
     shape[axis] = sum(t.shape[axis] for t in values)
     return [tensor("concat", dtype, shape)]
 
@@ -123,7 +125,8 @@ def _split_resolve(types: Types, attrs: Attrs) -> dict[str, Any]:
             raise ShapeError(f"split: axis {axis} of x {shape} does not divide into {n} equal parts: give split_sizes")
         sizes = (shape[axis] // n,) * n
     if (n is not None and n != len(sizes)) or sum(sizes) != shape[axis] or min(sizes, default=0) < 1:
-        raise ShapeError(f"split: split_sizes {sizes} must be {n or len(sizes)} positive sizes that add up to {shape[axis]}")
+        count = n or len(sizes)
+        raise ShapeError(f"split: split_sizes {sizes} must be {count} positive sizes that add up to {shape[axis]}")
     return {"axis": axis, "num_splits": len(sizes), "split_sizes": sizes}
 
 
@@ -133,7 +136,7 @@ def _split_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("split", dtype, (*x.shape[:axis], s, *x.shape[axis + 1 :])) for s in attrs["split_sizes"]]
 
 
-def _split_numpy(inputs: Attrs, attrs: Attrs) -> tuple[np.ndarray, ...]:
+def _split_numpy(inputs: Arrays, attrs: Attrs) -> tuple[np.ndarray, ...]:
     return tuple(np.split(inputs["x"], np.cumsum(attrs["split_sizes"])[:-1], axis=attrs["axis"]))
 
 
@@ -165,7 +168,12 @@ define(
 
 
 def split(
-    x: Value, num_splits: int | None = None, axis: int = 0, split_sizes: Sequence[int] | None = None, *, name: str | None = None
+    x: Value,
+    num_splits: int | None = None,
+    axis: int = 0,
+    split_sizes: Sequence[int] | None = None,
+    *,
+    name: str | None = None,
 ) -> tuple[Value, ...]:
     """x in parts along `axis`: `num_splits` equal ones, or of `split_sizes`."""
     return tuple(emit("split", {"x": x}, {"num_splits": num_splits, "split_sizes": split_sizes, "axis": axis}, name))
@@ -258,7 +266,7 @@ def tile(x: Value, reps: Sequence[int], *, name: str | None = None) -> Value:
 
 # pad
 
-PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
+PAD_MODES: dict[str, Any] = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
 """MIL's modes and NumPy's names for them."""
 
 
@@ -282,10 +290,11 @@ def _pad_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("pad", dtype, (d + pad[2 * i] + pad[2 * i + 1] for i, d in enumerate(x.shape)))]
 
 
-def _pad_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _pad_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     pairs = list(zip(attrs["pad"][::2], attrs["pad"][1::2], strict=True))
-    options = {"constant_values": attrs["constant_val"]} if attrs["mode"] == "constant" else {}
-    return np.pad(inputs["x"], pairs, PAD_MODES[attrs["mode"]], **options)  # type: ignore[call-overload]
+    if attrs["mode"] == "constant":
+        return np.pad(inputs["x"], pairs, constant_values=attrs["constant_val"])
+    return np.pad(inputs["x"], pairs, PAD_MODES[attrs["mode"]])
 
 
 def _pad_grad(op: Op, douts: tuple[Value | None, ...]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,11 +12,14 @@ from anert.mil.graph import DTYPES, Op, TensorType, Value
 from anert.mil.ops.build import (
     ARITHMETIC,
     FLOAT,
+    Arrays,
+    Attrs,
     Tensorlike,
     axes_of,
     axis_of,
     broadcast_to,
     choice,
+    constant,
     differentiable,
     one,
     one_dtype,
@@ -27,12 +30,11 @@ from anert.mil.ops.build import (
     times,
     unbroadcast,
 )
-from anert.mil.ops.core import cast, equal
+from anert.mil.ops.core import equal, select
 from anert.mil.ops.elementwise import exp, maximum
 from anert.mil.ops.elementwise import pow as power
 from anert.mil.ops.table import Arg, OpDef, Types, define
 
-Attrs = Mapping[str, Any]
 Axes = int | tuple[int, ...] | None
 
 
@@ -91,8 +93,8 @@ def _reduction(
         return {"axes": axes_of(kind, axes, rank)}
 
     def infer(types: Types, attrs: Attrs) -> list[TensorType]:
-        dtype = one_dtype(kind, types, ("x",), ARITHMETIC)
-        return [tensor(kind, dtype, _reduced(tensor(kind, dtype, types["x"].shape).shape, attrs["axes"], attrs["keep_dims"]))]
+        whole = tensor(kind, one_dtype(kind, types, ("x",), ARITHMETIC), types["x"].shape)
+        return [tensor(kind, whole.dtype, _reduced(whole.shape, attrs["axes"], attrs["keep_dims"]))]
 
     def evaluate(inputs: Attrs, attrs: Attrs) -> np.ndarray:
         x = inputs["x"]
@@ -132,7 +134,7 @@ def _extreme_slope(op: Op, dout: Value) -> Value:
     """The cotangent goes to the elements that equal the extreme, in equal parts (as torch.amax shares it)."""
     x = op.inputs["x"]
     assert isinstance(x, Value)
-    hit = cast(equal(x, _lifted(op.out, op)), x.dtype)
+    hit = select(equal(x, _lifted(op.out, op)), constant(x.function, 1.0, x.dtype), 0.0)
     hits = maximum(reduce_sum(hit, op.attrs["axes"], keep_dims=True), 1.0)
     return hit * (_lifted(dout, op) / hits)
 
@@ -153,12 +155,14 @@ def _square_slope(op: Op, dout: Value) -> Value:
     return (x * 2.0) * _lifted(dout, op)
 
 
-def _truncated_mean(x: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
-    return np.trunc(np.mean(x, axis=axis, keepdims=keepdims)) if x.dtype.kind == "i" else np.mean(x, axis, keepdims=keepdims)
+def _mean(x: np.ndarray, axis: tuple[int, ...], keepdims: bool) -> np.ndarray:
+    """The mean; of integers truncated towards zero."""
+    mean = np.asarray(np.mean(x, axis=axis, keepdims=keepdims))
+    return np.trunc(mean) if x.dtype.kind == "i" else mean
 
 
 reduce_sum = _reduction("reduce_sum", np.sum, lambda op, dout: _spread(dout, op), "The sum over axes.")
-reduce_mean = _reduction("reduce_mean", _truncated_mean, _mean_slope, "The mean over axes.", _mean_of)
+reduce_mean = _reduction("reduce_mean", _mean, _mean_slope, "The mean over axes.", _mean_of)
 reduce_max = _reduction("reduce_max", np.max, _extreme_slope, "The largest over axes.")
 reduce_min = _reduction("reduce_min", np.min, _extreme_slope, "The smallest over axes.")
 reduce_sum_square = _reduction(
@@ -181,6 +185,11 @@ def _argmax_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("reduce_argmax", attrs["output_dtype"], shape)]
 
 
+def _argmax_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
+    found = np.argmax(inputs["x"], attrs["axis"], keepdims=attrs["keep_dims"])
+    return np.asarray(found).astype(DTYPES[attrs["output_dtype"]])
+
+
 define(
     OpDef(
         "reduce_argmax",
@@ -191,7 +200,7 @@ define(
             Arg("output_dtype", "attr", "string", "int32", since="ios17"),
         ),
         _argmax_infer,
-        lambda i, a: np.asarray(np.argmax(i["x"], a["axis"], keepdims=a["keep_dims"])).astype(DTYPES[a["output_dtype"]]),
+        _argmax_numpy,
         category="reduce",
         resolve=_argmax_resolve,
     )
@@ -219,7 +228,7 @@ def _softmax_infer(types: Types, attrs: Attrs) -> list[TensorType]:
 def softmax_numpy(x: np.ndarray, axis: int) -> np.ndarray:
     """exp(x) over its sum, from x minus its largest."""
     e = np.exp(x - np.max(x, axis=axis, keepdims=True))
-    return e / np.sum(e, axis=axis, keepdims=True)
+    return np.asarray(e / np.sum(e, axis=axis, keepdims=True))
 
 
 def softmax_slope(y: Value, dout: Value, axis: int) -> Value:
@@ -280,11 +289,11 @@ def _norm_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("layer_norm", dtype, x.shape)]
 
 
-def _norm_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _norm_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     x, axes = inputs["x"], attrs["axes"]
     kept = tuple(d if i in axes else 1 for i, d in enumerate(x.shape))
-    c = x - np.mean(x, axis=axes, keepdims=True)
-    y = c / np.sqrt(np.mean(c * c, axis=axes, keepdims=True) + attrs["epsilon"])
+    c: np.ndarray = x - np.mean(x, axis=axes, keepdims=True)
+    y: np.ndarray = c / np.sqrt(np.mean(c * c, axis=axes, keepdims=True) + attrs["epsilon"])
     if "gamma" in inputs:
         y = y * inputs["gamma"].reshape(kept)
     return y + inputs["beta"].reshape(kept) if "beta" in inputs else y
@@ -358,6 +367,6 @@ def layer_norm(
     *,
     name: str | None = None,
 ) -> Value:
-    """gamma * (x - mean) / sqrt(variance + epsilon) + beta over `axes` (default: all); gamma and beta are x.shape[axes]."""
+    """gamma * (x - mean) / sqrt(variance + epsilon) + beta over `axes` (default: all); gamma, beta: x.shape[axes]."""
     inputs = operands("layer_norm", x=x, gamma=gamma, beta=beta)
     return one("layer_norm", inputs, {"axes": axes, "epsilon": epsilon}, name)

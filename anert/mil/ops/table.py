@@ -36,26 +36,27 @@ class Arg:
     type: str = ""
     default: Any = REQUIRED
     since: str = "ios15"
-    """First opset that has the argument: printed for an older one only if it differs from its default, which is refused."""
+    """First opset that has the argument: a function of an older one prints without it, and must leave its default."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpDef:
     """A row of the table.
 
-    resolve(types, attrs) -> the attributes in the one spelling that the graph keeps (axes not negative, defaults that hang
-        on the rank filled in, reshape's -1 and 0 worked out); raises ShapeError. All that follows sees resolved attributes.
+    resolve(types, attrs) -> attributes in the one spelling that the graph keeps (axes not negative, defaults that hang
+        on the rank filled in, reshape's -1 and 0 worked out); raises ShapeError. All that follows sees these.
     infer(types, attrs) -> output types; raises ShapeError with what was expected and what came.
-    numpy(inputs, attrs) -> array (or NumPy scalar), or a tuple for several outputs: call `evaluate`, which evens that out. `inputs` maps argument names to arrays (tuples of arrays
-        for variadic ones); float inputs arrive as float64 and float results are float64: the definition of the op.
+    numpy(inputs, attrs) -> array (or NumPy scalar), or a tuple for several outputs; `evaluate` evens that out. `inputs`
+        maps argument names to arrays (tuples of arrays for variadic ones); float inputs arrive as float64 and float
+        results are float64: the definition of the op.
     grad(op, douts) -> {input name: gradient Value | tuple | None}: builds MIL ops in `op`'s function. `douts` are the
         cotangents of the outputs, None where an output does not matter. None as a whole where no gradient exists.
     flops(types, attrs, outs) -> multiply-adds counted as 2, elementwise as 0 (ane_facts 6.3.2).
     category: what the CPU engine does with it: `elementwise`, `reduce`, `view` (no arithmetic: strides or a copy),
         `contract` (matmul-like), `const`, or `composite` (rewritten into others before lowering).
     backends: of `ane`, `cpu`, `reference`: who runs it.
-    decompose(inputs, attrs) -> Value: the same result from simpler ops, in the forms known to work on the ANE, appended to
-        the function that the operands belong to. Every `composite` row has one.
+    decompose(inputs, attrs) -> Value: the same result from simpler ops, in the forms known to work on the ANE, appended
+        to the function that the operands belong to. Every `composite` row has one.
     native: backends on which a composite is best left as it is.
     """
 
@@ -121,15 +122,15 @@ def normalise(value: Any) -> Any:
 
 
 def fit(what: str, value: Any, dtype: str) -> np.ndarray:
-    """`value` as an array of `dtype`. Raises ShapeError if it is no number or does not fit (a finite fp16 stays finite)."""
+    """`value` as an array of `dtype`. Raises ShapeError if it is no number or does not fit (finite stays finite)."""
     a = np.asarray(value)
     if a.dtype.kind not in "biuf":
         raise ShapeError(f"{what} must be a number for {dtype}, got {value!r}")
     with np.errstate(all="ignore"):
         fitted = a.astype(DTYPES[dtype])
-    lost = np.isfinite(a) & ~np.isfinite(fitted) if dtype.startswith("fp") else fitted != a
-    if np.any(lost):
-        raise ShapeError(f"{what}: {a[lost].flat[0] if a.ndim else a} does not fit {dtype}: cast the operand or change the value")
+    lost = np.asarray(np.isfinite(a) & ~np.isfinite(fitted) if dtype.startswith("fp") else fitted != a)
+    if lost.any():
+        raise ShapeError(f"{what}: {a[lost].flat[0]} does not fit {dtype}: cast the operand or change the value")
     return fitted
 
 
@@ -137,10 +138,9 @@ def _scalar(what: str, kind: str, value: Any, dtype: str) -> Any:
     """One attribute value checked against its MIL type; `fp` takes the value that `dtype` can hold."""
     if kind == "fp" and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(fit(what, value, dtype if dtype in ("fp16", "fp32") else "fp32"))
-    expected = {"int32": int, "bool": bool, "string": str}.get(kind)
-    if expected is None or not isinstance(value, expected) or (kind == "int32" and isinstance(value, bool)):
+    if type(value) is not {"int32": int, "bool": bool, "string": str}.get(kind):
         raise ShapeError(f"{what} must be {kind}, got {value!r}")
-    if kind == "int32" and not -(1 << 31) <= value < 1 << 31:
+    if isinstance(value, int) and not -(1 << 31) <= value < 1 << 31:
         raise ShapeError(f"{what} must fit int32, got {value}")
     return value
 
@@ -174,7 +174,8 @@ def _operands(row: OpDef, given: Mapping[str, Operand]) -> dict[str, Operand]:
         if kind == "attr":
             raise ShapeError(f"{row.kind}: argument {k!r} must be a compile-time constant")
         if (kind == "tensors") != isinstance(v, tuple) or v == ():
-            raise ShapeError(f"{row.kind}: argument {k!r} takes {'a tuple of tensors' if kind == 'tensors' else 'one tensor'}")
+            takes = "a tuple of tensors" if kind == "tensors" else "one tensor"
+            raise ShapeError(f"{row.kind}: argument {k!r} takes {takes}")
     for a in row.args:
         if a.kind != "attr" and a.name not in given and a.default is REQUIRED:
             raise ShapeError(f"{row.kind} needs the operand {a.name!r}")
@@ -186,8 +187,8 @@ def emit(kind: str, inputs: Mapping[str, Operand | None], attrs: Mapping[str, An
     """Check the arguments of an op against its row, infer its types, append it; returns its outputs.
     `name` is a hint for all outputs, or one name for each.
 
-    Absent optional operands are dropped; absent attributes take their default, and all are resolved, so that an op's attrs
-    are always complete. `const` needs `function`. Raises ShapeError or UnsupportedError.
+    Absent optional operands are dropped; absent attributes take their default, and all are resolved, so that an op's
+    attrs are always complete. `const` needs `function`. Raises ShapeError or UnsupportedError.
     """
     row = lookup(kind)
     for k in attrs or {}:

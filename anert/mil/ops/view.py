@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ from anert.errors import ShapeError
 from anert.mil.graph import Op, TensorType, Value
 from anert.mil.ops.build import (
     ANY,
+    Arrays,
+    Attrs,
     axes_of,
     axis_of,
     differentiable,
@@ -23,8 +25,6 @@ from anert.mil.ops.build import (
     zeros,
 )
 from anert.mil.ops.table import Arg, OpDef, Types, define
-
-Attrs = Mapping[str, Any]
 
 
 def _back(op: Op, douts: tuple[Value | None, ...]) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _slice_resolve(types: Types, attrs: Attrs) -> dict[str, Any]:
     for name in _MASKS:
         resolved[name] = (False,) * rank if attrs[name] is None else attrs[name]
     for name in ("begin", "end", "stride", *_MASKS):
-        length(kind, name, resolved.get(name, attrs.get(name)), rank)
+        length(kind, name, resolved[name] if name in resolved else attrs[name], rank)
     if 0 in resolved["stride"]:
         raise ShapeError(f"{kind}: stride {resolved['stride']} must not be 0")
     for i, d in enumerate(types["x"].shape):
@@ -222,7 +222,7 @@ def _slice_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("slice_by_index", one_dtype("slice_by_index", types, ("x",), ANY), shape)]
 
 
-def _slice_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _slice_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     x = inputs["x"]
     for axis, r in enumerate(slice_ranges(x.shape, attrs)):
         stop = r.stop if r.stop >= 0 else None
@@ -294,7 +294,7 @@ def _size_resolve(types: Types, attrs: Attrs) -> dict[str, Any]:
     rank = rank_of(kind, "x", types["x"], 1)
     length(kind, "begin", attrs["begin"], rank)
     length(kind, "size", attrs["size"], rank)
-    begin = tuple(axis_of(kind, b, d, f"begin[{i}]:") for i, (b, d) in enumerate(zip(attrs["begin"], shape, strict=True)))
+    begin = tuple(axis_of(kind, attrs["begin"][i], d, f"begin[{i}]:") for i, d in enumerate(shape))
     sizes = tuple(d - b if s == -1 else s for s, b, d in zip(attrs["size"], begin, shape, strict=True))
     for i, (b, s, d) in enumerate(zip(begin, sizes, shape, strict=True)):
         if s < 1 or b + s > d:
@@ -306,7 +306,7 @@ def _size_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     return [tensor("slice_by_size", one_dtype("slice_by_size", types, ("x",), ANY), attrs["size"])]
 
 
-def _size_numpy(inputs: Attrs, attrs: Attrs) -> np.ndarray:
+def _size_numpy(inputs: Arrays, attrs: Attrs) -> np.ndarray:
     return inputs["x"][tuple(slice(b, b + s) for b, s in zip(attrs["begin"], attrs["size"], strict=True))]
 
 

@@ -1,0 +1,55 @@
+/* gemm.h: what gemm.c asks of an instruction set. Each gemm_<isa>.c defines its kernels from gemm_kernel.h.
+ *
+ * One definition of the result for all of them. k is cut into blocks of equal depth, as few as kc allows. Within a block
+ * an element's products are added one by one in order of k, the blocks' sums are then added in order. So the bits of C
+ * depend on the kernel and k alone. A column (n = 1) is added differently, see matvec. */
+#ifndef ANERT_GEMM_H
+#define ANERT_GEMM_H
+#include "internal.h"
+
+/* An operand from one element on: `count` rows (of A) or columns (of B), each `k_stride` along the contraction. */
+typedef struct {
+    const void *data;
+    int32_t dtype;
+    bool bf16; /* round to bf16 */
+    int64_t count, stride, k_stride;
+} gemm_operand;
+
+/* Where a register tile of C goes. sums: fp32 partial sums of whole tiles, used unless one block covers k. */
+typedef struct {
+    float *sums;
+    int64_t sums_stride;
+    bool first, last; /* is this the first, the last block of k */
+    float alpha, beta;
+    void *c;
+    int32_t dtype;
+    int64_t row_stride, col_stride, rows, cols; /* of C, and how much of the tile lies inside it */
+} gemm_out;
+
+/* 32-bit words of a panel. The slack takes what a vector store writes past the panel's last row. */
+static inline int64_t panel_size(int64_t width, int64_t words) { return width * words + 16; }
+
+typedef struct {
+    int32_t mr, nr; /* register tile: rows of A, columns of B */
+    int32_t kc;     /* deepest block of k */
+    int32_t pair;   /* elements of k in a 32-bit word of a panel */
+    /* Packs x's first `count` rows, `depth` deep, into panels of `width` rows: panel, k, row. Reads nothing outside x.
+     * Rows past the end of x are arbitrary numbers: what they yield lies outside C. */
+    void (*pack)(const gemm_operand *x, int64_t count, int64_t depth, int64_t width, float *panels);
+    /* One register tile from a panel of A and a panel of B, `words` deep. */
+    void (*tile)(int64_t words, const float *a, const float *b, const gemm_out *out);
+    /* C = beta C + alpha w x for `rows` rows of w and one column: 2 VL running sums per row, element k into sum
+     * k mod 2 VL, added up by halves; the same bits at any strides. sums: rows + 64 fp32. x: fp32, rounded already. */
+    void (*matvec)(const gemm_operand *w, int64_t rows, int64_t k, const float *x, float *sums, const gemm_out *out);
+    /* The k elements of a column as contiguous fp32: x itself, or a copy in `copy`. */
+    const float *(*column)(const gemm_operand *x, int64_t k, float *copy);
+} gemm_kernel;
+
+extern const gemm_kernel anert_gemm_scalar;
+#if defined(__x86_64__) || defined(VEC_EMULATED)
+extern const gemm_kernel anert_gemm_avx2, anert_gemm_avx512, anert_gemm_avx512bf16;
+#endif
+#if defined(__aarch64__) || defined(VEC_EMULATED)
+extern const gemm_kernel anert_gemm_neon;
+#endif
+#endif
