@@ -178,7 +178,8 @@ class Dashboard:
 
     def _last_words(self) -> None:
         state = self.board.snapshot()
-        self.console.print(Frame(self.board, min(self.console.height - 1, 30)))
+        if state.step is not None:
+            self.console.print(Frame(self.board, min(self.console.height - 1, 30)))
         if state.done is not None:
             self.console.print()
             for line in done_lines(state.done):
