@@ -278,12 +278,12 @@ def done_lines(event: ev.RunDone) -> list[str]:
 
 
 def _number(value: Any, form: str) -> str:
-    return format(value, form) if isinstance(value, (int, float)) else "-"
+    return format(value, form) if isinstance(value, (int, float)) and math.isfinite(value) else "-"
 
 
 def _indented(text: str, width: int = 100) -> list[str]:
     lines = [w for line in text.splitlines() for w in (textwrap.wrap(line, width - 2) or [""])]
-    return ["  " + line for line in lines]
+    return [f"  {line}".rstrip() for line in lines]
 
 
 # ---- JSON ----
