@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ class Weights:
     tokenizer: Path | None = None
 
 
-def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) -> Iterator[Event]:
+def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) -> Generator[Event, None, Weights]:
     """Yields notices; returns the Weights that `--init` names. The config follows a checkpoint that is given."""
     from anert import checkpoint
     from anert.formats import llama2c
@@ -101,7 +101,7 @@ def open_model(plugin: Plugin, path: Path, tokenizer: str) -> tuple[Decoder, Map
         raise InputError(f"{path} brings no tokenizer: pass --tokenizer FILE, the one that it was trained with")
     vocabulary = load_tokenizer(source)
     if vocabulary.vocab_size > config.vocab_size:
-        raise InputError(f"{source} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}: another tokenizer's?")
+        raise InputError(f"{source} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}: another's?")
     return preset.model(config), tensors, vocabulary
 
 
@@ -137,7 +137,7 @@ class Data:
 
 def open_data(
     plugin: Plugin, preset: Preset, config: Any, options: TrainOptions, out: Path, weights: Weights
-) -> Iterator[Event]:
+) -> Generator[Event, None, Data]:
     """Yields progress; returns the Data: tokenizer found or trained, text written or read, tokenized, mapped."""
     from anert import data
     from anert.tokenizer import load_tokenizer
@@ -161,11 +161,12 @@ def open_data(
         config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: pass the tokenizer that it was trained with"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}: "
+            "pass the tokenizer that it was trained with"
         )
     dataset = yield from waited(
         "tokenize", "B",
-        lambda progress: data.prepare(source, tokenizer, cache, config.seq_len, options.val, config.vocab_size, progress),
+        lambda report: data.prepare(source, tokenizer, cache, config.seq_len, options.val, config.vocab_size, report),
     )  # fmt: skip
     if dataset.note:
         yield Notice("warning", dataset.note)
@@ -173,7 +174,7 @@ def open_data(
     return Data(dataset, tokenizer, f"{tokenizer.kind} {tokenizer.vocab_size} ({name})", source.name, config)
 
 
-def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Path) -> Iterator[Event]:
+def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Path) -> Generator[Event, None, Path]:
     from anert.train import waited
 
     name = preset.dataset or next(iter(plugin.datasets), "")
@@ -189,7 +190,7 @@ def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Pa
     return path
 
 
-def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Iterator[Event]:
+def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Event, None, Tokenizer]:
     """A byte-level BPE trained on the text, kept in the run's cache."""
     from anert import data
     from anert.tokenizer import ByteBPETokenizer, load_tokenizer
@@ -228,7 +229,7 @@ def estimate_run(runtime: Runtime, model: Decoder, specs: Mapping[str, Spec], op
     free = shutil.disk_usage(anchor).free
     if disk > free:
         raise DoesNotFit(
-            f"{options.keep} checkpoints and one being written need {disk / 2**20:.0f} MiB, {anchor} has {free / 2**20:.0f} MiB free: "
-            "choose another --out or a smaller --keep"
+            f"{options.keep} checkpoints and one being written need {disk / 2**20:.0f} MiB, "
+            f"{anchor} has {free / 2**20:.0f} MiB free: choose another --out or a smaller --keep"
         )
     return need

@@ -22,16 +22,20 @@ Block = Callable[[Any, Value, Any, Positions], Value]
 class _Weights:
     """Attribute access declares the parameter as the next input of the Function that is being traced."""
 
-    def __init__(self, fn: Function, specs: Mapping[str, Spec], block: str) -> None:
-        self.__dict__.update(_fn=fn, _specs=specs, _block=block, _values={})
+    _fn: Function
+    _specs: Mapping[str, Spec]
+    _block: str
 
-    def __getattr__(self, name: str) -> Value:
-        if name not in self._values:
-            if name not in self._specs:
-                known = ", ".join(self._specs)
-                raise PluginError(f"block {self._block!r} reads w.{name}, but layer_params has only: {known}")
-            self._values[name] = self._fn.input(name, self._specs[name].shape)
-        return self._values[name]
+    def __init__(self, fn: Function, specs: Mapping[str, Spec], block: str) -> None:
+        self._fn, self._specs, self._block = fn, specs, block
+
+    def __getattr__(self, name: str) -> Value:  # called for names that are not set yet
+        if name not in self._specs:
+            known = ", ".join(self._specs)
+            raise PluginError(f"block {self._block!r} reads w.{name}, but layer_params has only: {known}")
+        value = self._fn.input(name, self._specs[name].shape)
+        setattr(self, name, value)
+        return value
 
 
 class Decoder:
@@ -56,7 +60,8 @@ class Decoder:
             kv = getattr(config, "n_kv_heads", heads)
             if heads < 1 or kv < 1 or config.dim % heads or heads % kv:
                 raise InputError(
-                    f"dim {config.dim}, n_heads {heads}, n_kv_heads {kv}: dim must divide by n_heads and n_heads by n_kv_heads"
+                    f"dim {config.dim}, n_heads {heads}, n_kv_heads {kv}: "
+                    "dim must divide by n_heads and n_heads by n_kv_heads"
                 )
         self.config = config
 

@@ -168,14 +168,16 @@ class Network:
             self.runtime.heap, self.runtime.pool, embedding, store.get("output", embedding), store.get("norm"),
             self.model.norm_eps, self.n, self.runtime.precision,
         )  # fmt: skip
-        self._scratch: dict[tuple, Surface] = {}
+        self._scratch: dict[tuple[Any, ...], Surface] = {}
         self.x = [self._dense("x")]
         self._forward: list[list[_Run]] = []
         envs: list[dict[str, Location]] = []
         for i in range(self.layers * len(self._blocks)):
             layer, j = divmod(i, len(self._blocks))
             block, env = self._blocks[j], {"x": self.x[-1]}
-            keep: tuple | None = None if self.train else ("forward", j, layer % 2 if len(self._blocks) == 1 else 0)
+            keep: tuple[Any, ...] | None = (
+                None if self.train else ("forward", j, layer % 2 if len(self._blocks) == 1 else 0)
+            )
             self._forward.append([self._bind(k, p, env, block, layer, keep, j) for k, p in block.forward])
             self.x.append(env["y"])
             envs.append(env)
@@ -201,7 +203,7 @@ class Network:
         self.dx0 = dout
 
     def _bind(self, kernel: Kernel, program: Program, env: dict[str, Location], block: _Block, layer: int,
-              shared: tuple | None, j: int) -> _Run:  # fmt: skip
+              shared: tuple[Any, ...] | None, j: int) -> _Run:  # fmt: skip
         """Surfaces on all ports of a stage. `env` names what exists; results join it, in scratch under `shared` or of
         their own."""
         surfaces: dict[str, Surface] = {}
@@ -232,7 +234,7 @@ class Network:
             env[name] = Location(surfaces[slot.port], slot)
         return _Run(program.bind(surfaces), copies)
 
-    def _shared(self, key: tuple, nbytes: int) -> Surface:
+    def _shared(self, key: tuple[Any, ...], nbytes: int) -> Surface:
         if key not in self._scratch:
             self._scratch[key] = self._surface(nbytes)
         return self._scratch[key]

@@ -105,8 +105,9 @@ def open_runtime(options: Any) -> Runtime:
 
 
 def _no_ane() -> str:
-    if sys.platform != "darwin":
-        return f"the Neural Engine needs macOS on Apple silicon, this is {sys.platform}"
+    platform: str = sys.platform
+    if platform != "darwin":
+        return f"the Neural Engine needs macOS on Apple silicon, this is {platform}"
     return "this build of anert has no Neural Engine shim"
 
 

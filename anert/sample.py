@@ -160,13 +160,16 @@ def continue_text(
     """Yield the prompt, then text token by token, until bos or eos, `max_tokens`, or `seconds` have passed.
 
     `network(length)`: a forward network of at least `length` positions, or the longest there is; past that the context
-    slides, its oldest half forgotten. Raises InputError for a prompt that encodes to nothing in a vocabulary without bos.
+    slides, its oldest half forgotten. Raises InputError for a prompt that encodes to nothing in a vocabulary without
+    bos.
     """
     ids = tokenizer.encode(prompt, bos=tokenizer.bos_id >= 0)
     if not ids:
         raise InputError("the prompt is empty and the tokenizer has no bos token to begin with: give a --prompt")
     rng, stream = settings.rng(), tokenizer.decode_stream()
-    yield "".join(stream.push(t) for t in ids)
+    for token in ids:
+        stream.push(token)
+    yield prompt  # as it was written: bos has no text, and a decoder may not give the very characters back
     context, end = list(ids), time.monotonic() + seconds
     for _ in range(max_tokens):
         if time.monotonic() >= end:

@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,7 +76,7 @@ class TrainOptions:
     """0: the backend's own."""
 
 
-def waited(task: str, unit: str, work: Callable[[Callable[[float, float], None]], T]) -> Iterator[Event]:
+def waited(task: str, unit: str, work: Callable[[Callable[[float, float], None]], T]) -> Generator[Event, None, T]:
     """Run `work(progress)` in a thread and yield its progress(done, total) at most four times a second; returns its
     result."""
     ticks: queue.SimpleQueue[tuple[float, float] | None] = queue.SimpleQueue()
@@ -171,7 +171,7 @@ class Trainer:
         from anert.optim import OPTIMIZERS, LossScale, warmup_cosine
 
         o = self.options
-        known = {**OPTIMIZERS, **self.plugin.optimizers}
+        known: dict[str, Any] = {**OPTIMIZERS, **self.plugin.optimizers}
         if o.optimizer not in known:
             raise InputError(f"--optimizer {o.optimizer!r} is not known: choose {', '.join(known)}")
         self.optimizer = known[o.optimizer](self.store, o.beta1, o.beta2, o.eps, o.weight_decay)
@@ -185,9 +185,11 @@ class Trainer:
         """Everything but tensors that a resumed run needs to go on bit for bit."""
         return {
             "plugin": self.plugin.name, "preset": self.preset.name, "config": self.model.describe(),
-            "options": dataclasses.asdict(self.options), "optimizer_t": self.optimizer.t, "scaler": self.scale.state_dict(),
+            "options": dataclasses.asdict(self.options), "optimizer_t": self.optimizer.t,
+            "scaler": self.scale.state_dict(),
             "data": self.batches.state_dict(), "skipped": self.skipped, "trained_s": self.trained_s,
-            "train_loss": self.train_loss, "val_first": self.val_first, "val_loss": self.val_loss, "best_val": self.best_val,
+            "train_loss": self.train_loss, "val_first": self.val_first, "val_loss": self.val_loss,
+            "best_val": self.best_val,
         }  # fmt: skip
 
     def _restore(self, checkpoint: Any) -> None:
@@ -211,9 +213,8 @@ class Trainer:
         from anert import checkpoint
 
         start = time.perf_counter()
-        optim = {}
-        for name, p in self.store.items():
-            optim[f"{name}.m"], optim[f"{name}.v"] = p.m, p.v
+        moments = ((name, kind, getattr(p, kind)) for name, p in self.store.items() for kind in ("m", "v"))
+        optim = {f"{name}.{kind}": value for name, kind, value in moments if value is not None}
         path = checkpoint.save(self.out, self.step, self.store.tensors(), optim, self.state(), self.data.tokenizer,
                                best=best, keep=self.options.keep)  # fmt: skip
         self.saved_step, self.saved_path = self.step, str(path)
@@ -252,10 +253,13 @@ class Trainer:
     def _started(self) -> RunStarted:
         o, rt, d = self.options, self.rt, self.data
         return RunStarted(
-            plugin=self.plugin.name, preset=self.preset.name, config=self.model.describe(), n_params=self.store.n_params,
+            plugin=self.plugin.name, preset=self.preset.name, config=self.model.describe(),
+            n_params=self.store.n_params,
             backend=rt.backend.name, precision=rt.precision, threads=rt.pool.threads, isa=rt.pool.isa, layout=rt.layout,
-            kernels=self.net.kernels + self.sampler.kernels, compiles=rt.backend.compiles, compile_budget=rt.backend.budget,
-            compile_ms=rt.backend.compile_ms, dataset=d.name, train_tokens=d.dataset.train_tokens, val_tokens=d.dataset.val_tokens,
+            kernels=self.net.kernels + self.sampler.kernels, compiles=rt.backend.compiles,
+            compile_budget=rt.backend.budget,
+            compile_ms=rt.backend.compile_ms, dataset=d.name, train_tokens=d.dataset.train_tokens,
+            val_tokens=d.dataset.val_tokens,
             tokenizer=d.tokenizer_name, tokens_per_step=o.batch * o.grad_accum * self.config.seq_len, steps=o.steps,
             first_step=self.step, time_budget_s=o.time_budget_s, out_dir=str(self.out), memory_bytes=self.memory,
             peak_gflops=rt.peak_gflops(), options=dataclasses.asdict(o),
@@ -278,7 +282,8 @@ class Trainer:
             loss = net.loss_backward(tokens, targets, self.scale.scale)
             if not math.isfinite(loss):
                 raise NonFiniteError(
-                    f"step {self.step}: the loss is {loss}; first in {net.name_nonfinite()}. {self._kept()}: lower --lr or raise --warmup"
+                    f"step {self.step}: the loss is {loss}; first in {net.name_nonfinite()}. "
+                    f"{self._kept()}: lower --lr or raise --warmup"
                 )
             losses += loss
         begin = time.perf_counter()
@@ -295,7 +300,8 @@ class Trainer:
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row > MAX_SKIPPED or not self.scale.dynamic:
                 raise NonFiniteError(
-                    f"step {self.step}: gradients overflow at loss scale {scale:g} for {self.skipped_in_a_row} steps. {self._kept()}"
+                    f"step {self.step}: gradients overflow at loss scale {scale:g} "
+                    f"for {self.skipped_in_a_row} steps. {self._kept()}"
                 )
         self.scale.update(finite)
         self.step += 1
@@ -307,7 +313,8 @@ class Trainer:
         elapsed = now - self._begin
         return StepDone(
             step=self.step, loss=losses / o.grad_accum, lr=lr, grad_norm=norm, loss_scale=scale, skipped=not finite,
-            tokens=tokens_done, step_ms=step_ms, ms=ms, flops=net.flops * o.grad_accum, tokens_per_s=tokens_done / step_ms * 1e3,
+            tokens=tokens_done, step_ms=step_ms, ms=ms, flops=net.flops * o.grad_accum,
+            tokens_per_s=tokens_done / step_ms * 1e3,
             elapsed_s=elapsed, eta_s=self._eta(elapsed), rss_bytes=rss_bytes(), compiles=self.rt.backend.compiles,
             amax=net.amax()[0], clamped=clamped,
         )  # fmt: skip
@@ -360,7 +367,9 @@ class Trainer:
         start = time.perf_counter()
         settings = Sampler(temperature=0.8, top_k=50, seed=self.options.seed)
         text = "".join(
-            continue_text(lambda _: self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, max_tokens, seconds)
+            continue_text(
+                lambda _: self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, max_tokens, seconds
+            )
         )
         return Sampled(self.step, text, (time.perf_counter() - start) * 1e3)
 
@@ -383,8 +392,10 @@ class Trainer:
         median = settled[len(settled) // 2]
         tokens = self.options.batch * self.options.grad_accum * self.config.seq_len
         return {
-            "steps": self.step, "train_loss": self.train_loss, "val_loss_first": self.val_first, "val_loss": self.val_loss,
-            "best_val_loss": self.best_val, "compiles": self.rt.backend.compiles, "kernels": self.net.kernels + self.sampler.kernels,
+            "steps": self.step, "train_loss": self.train_loss, "val_loss_first": self.val_first,
+            "val_loss": self.val_loss,
+            "best_val_loss": self.best_val, "compiles": self.rt.backend.compiles,
+            "kernels": self.net.kernels + self.sampler.kernels,
             "tokens_per_s": tokens / median * 1e3, "ms_per_step": median, "skipped_steps": self.skipped,
             "checkpoint": self.saved_path, "backend": self.rt.backend.name, "precision": self.rt.precision,
             "threads": self.rt.pool.threads, "rss_mb": rss_bytes() / 2**20, "out": str(self.out),

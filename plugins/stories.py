@@ -42,7 +42,8 @@ def ffn(cfg, x, w, pos):  # SwiGLU (Shazeer 2020)
     return x + w.w2 @ (nn.silu(w.w1 @ h) * (w.w3 @ h))
 
 
-@plugin.model("tiny", Config(dim=128, hidden_dim=352, n_layers=4, n_heads=4, n_kv_heads=4, vocab_size=1024, seq_len=128),
+@plugin.model("tiny", Config(dim=128, hidden_dim=352, n_layers=4, n_heads=4, n_kv_heads=4, vocab_size=1024,
+seq_len=128),
               batch=4, steps=4000, time_budget=90, lr=2e-3, warmup=50, eval_every=100, sample_every=100)  # fmt: skip
 @plugin.model("260k", Config(dim=64, hidden_dim=172, n_layers=5, n_heads=8, n_kv_heads=4, vocab_size=512, seq_len=512))
 @plugin.model("15m", Config(dim=288, hidden_dim=768, n_layers=6, n_heads=6, n_kv_heads=6))

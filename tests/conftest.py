@@ -1,8 +1,19 @@
 """Fixtures that several test files share."""
 
+import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# Two cores shared with other work: time is no property of a result. CI draws the same examples every time.
+hypothesis.settings.register_profile(
+    "anert",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=bool(os.environ.get("CI")),
+)
+hypothesis.settings.load_profile("anert")
 
 
 @pytest.fixture(scope="session")

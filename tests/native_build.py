@@ -1,4 +1,5 @@
-"""Compiles small shared objects from native/ for tests, among them instruction sets that this CPU lacks, through SIMDe."""
+"""Compiles small shared objects from native/ for tests, among them instruction sets that this CPU lacks, through
+SIMDe."""
 
 import ctypes
 import os
@@ -23,7 +24,8 @@ def compile_native(
 ) -> ctypes.CDLL:
     """A shared object of `code` and files of native/, loaded; skips without a C compiler.
 
-    With `VEC_EMULATED` among the defines, immintrin.h and arm_neon.h are SIMDe's (tests/simde); skips where it is absent.
+    With `VEC_EMULATED` among the defines, immintrin.h and arm_neon.h are SIMDe's (tests/simde); skips where it is
+    absent.
     """
     compiler = os.environ.get("CC", "cc").split()
     if shutil.which(compiler[0]) is None:

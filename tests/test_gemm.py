@@ -232,7 +232,12 @@ def test_fp16_overflows_to_inf_and_nan_stays(pools, isa, n):
     a = np.array([[[60000.0, 60000.0], [65519.0, 0.0], [65520.0, 0.0], [np.nan, 1.0]]], np.float32)
     c = np.zeros((1, 4, n), np.float16)
     gemm(pools[isa, 1], a, np.ones((1, 2, n), np.float32), c, (F32, F32, F16))
-    assert np.isposinf(c[0, 0]).all() and (c[0, 1] == 65504).all() and np.isposinf(c[0, 2]).all() and np.isnan(c[0, 3]).all()
+    assert (
+        np.isposinf(c[0, 0]).all()
+        and (c[0, 1] == 65504).all()
+        and np.isposinf(c[0, 2]).all()
+        and np.isnan(c[0, 3]).all()
+    )
 
 
 @pytest.mark.parametrize("isa", ffi.isas())

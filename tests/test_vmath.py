@@ -1,4 +1,5 @@
-"""exp, log, sigmoid, tanh and erf of vmath.h against float64, on each instruction set (SIMDe where the CPU lacks it)."""
+"""exp, log, sigmoid, tanh and erf of vmath.h against float64, on each instruction set (SIMDe where the CPU lacks
+it)."""
 
 import ctypes
 from pathlib import Path

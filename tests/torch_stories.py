@@ -1,4 +1,5 @@
-"""The Stories model in PyTorch, written from the papers and llama2.c, as an oracle: (B, T, C) layout, complex-free rotation."""
+"""The Stories model in PyTorch, written from the papers and llama2.c, as an oracle: (B, T, C) layout, complex-free
+rotation."""
 
 from __future__ import annotations
 

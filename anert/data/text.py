@@ -31,7 +31,7 @@ def read_blocks(path: Path | str, progress: Progress | None = None) -> Iterator[
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    done = 0
+    done, started = 0, False
     try:
         size = Path(path).stat().st_size
         with open(path, "rb") as f:
@@ -39,7 +39,8 @@ def read_blocks(path: Path | str, progress: Progress | None = None) -> Iterator[
                 block = f.read(BLOCK)
                 held = len(decoder.getstate()[0])
                 text = decoder.decode(block, final=not block)
-                yield newlines.decode(text if done else text.removeprefix("\ufeff"), final=not block)
+                yield newlines.decode(text if started else text.removeprefix("\ufeff"), final=not block)
+                started = started or bool(text)
                 done += len(block)
                 if progress:
                     progress(done, size)
@@ -61,7 +62,7 @@ def detect_split(path: Path | str) -> str:
     for block in read_blocks(path):
         if END_OF_TEXT in tail + block:
             return "endoftext"
-        tail, seen = block[-len(END_OF_TEXT) :], seen + len(block)
+        tail, seen = (tail + block)[-len(END_OF_TEXT) :], seen + len(block)
         if seen > 16 * BLOCK:
             break
     return "file"

@@ -181,6 +181,8 @@ def _argmax_resolve(types: Types, attrs: Attrs) -> dict[str, Any]:
 
 def _argmax_infer(types: Types, attrs: Attrs) -> list[TensorType]:
     one_dtype("reduce_argmax", types, ("x",), ARITHMETIC)
+    if types["x"].shape[attrs["axis"]] == 0:
+        raise ShapeError(f"reduce_argmax: axis {attrs['axis']} of {types['x'].shape} is empty: it has no largest")
     shape = _reduced(types["x"].shape, (attrs["axis"],), attrs["keep_dims"])
     return [tensor("reduce_argmax", attrs["output_dtype"], shape)]
 
