@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 from anert import events as ev
 from anert.board import Board, clean, frame
 from anert.plot import Line
-from anert.report import Plain, done_lines, log_line
+from anert.report import Plain, amount, done_lines, log_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -178,7 +178,8 @@ class Dashboard:
 
     def _last_words(self) -> None:
         state = self.board.snapshot()
-        self.console.print(Frame(self.board, min(self.console.height - 1, 30)))
+        if state.step is not None:
+            self.console.print(Frame(self.board, min(self.console.height - 1, 30)))
         if state.done is not None:
             self.console.print()
             for line in done_lines(state.done):
@@ -217,15 +218,12 @@ def _progress_bars(console: Console) -> Progress:
     )
     from rich.text import Text
 
-    from anert.report import si
-
     class Amount(ProgressColumn):
-        """`3.1 M of 12 M bytes`."""
+        """`3.10 MB of 12.0 MB`."""
 
         def render(self, task: Task) -> Text:
-            unit = task.fields.get("unit", "")
-            of = f" of {si(task.total)}" if task.total else ""
-            return Text(f"{si(task.completed)}{of} {unit}".rstrip(), style=STYLES["dim"])
+            text = amount(task.completed, task.total or 0, task.fields.get("unit", ""))
+            return Text(text, style=STYLES["dim"])
 
     return Progress(
         TextColumn("{task.description:<24}"),

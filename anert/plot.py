@@ -186,7 +186,7 @@ def chart(raw: History, smooth: History, points: Sequence[tuple[float, float]], 
         canvas.mark(*place(x, y), "●", "val")
     labels = {
         min(round((high - t) / (high - low) * tall) >> 2, rows - 1): t
-        for t in ticks(low, high, max(min(rows // 2, 7), 2))
+        for t in ticks(low, high, max(min(rows // 3 + 1, 7), 2))
     }
     lines = []
     for r, line in enumerate(canvas.rows(labels)):

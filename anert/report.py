@@ -52,6 +52,8 @@ def si(value: float, unit: str = "", digits: int = 3) -> str:
         if size < 999.5:
             break
         size, value, prefix = size / 1000, value / 1000, step
+    if not prefix and value == int(value):
+        return f"{value:.0f} {unit}".rstrip()
     return f"{significant(value, digits)} {prefix}{unit}".rstrip()
 
 
@@ -185,11 +187,16 @@ class Plain(Off):
 
 
 def progress_text(event: ev.Progress) -> str:
-    """`3.1 M of 12 M bytes, 25%`."""
-    unit = f" {event.unit}" if event.unit else ""
-    if not event.total:
-        return f"{si(event.done)}{unit}" if event.done else "started"
-    return f"{si(event.done)} of {si(event.total)}{unit}, {event.done / event.total:.0%}"
+    """`3.10 of 12.0 MB, 25%`, `262 kB of 1.42 MB, 18%`, `64 of 255 merges, 25%`."""
+    text = amount(event.done, event.total, event.unit)
+    return f"{text}, {event.done / event.total:.0%}" if event.total else text
+
+
+def amount(done: float, total: float, unit: str) -> str:
+    """How much of a wait is over, in its unit; bytes take a prefix."""
+    if unit == "B":
+        return f"{si(done, unit)} of {si(total, unit)}" if total else si(done, unit)
+    return f"{si(done)} of {si(total)} {unit}".rstrip() if total else f"{si(done)} {unit}".rstrip()
 
 
 def started_lines(event: ev.RunStarted) -> list[str]:
@@ -271,12 +278,12 @@ def done_lines(event: ev.RunDone) -> list[str]:
 
 
 def _number(value: Any, form: str) -> str:
-    return format(value, form) if isinstance(value, (int, float)) else "-"
+    return format(value, form) if isinstance(value, (int, float)) and math.isfinite(value) else "-"
 
 
 def _indented(text: str, width: int = 100) -> list[str]:
     lines = [w for line in text.splitlines() for w in (textwrap.wrap(line, width - 2) or [""])]
-    return ["  " + line for line in lines]
+    return [f"  {line}".rstrip() for line in lines]
 
 
 # ---- JSON ----

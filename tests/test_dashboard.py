@@ -47,7 +47,8 @@ def text(lines: list[plot.Line]) -> str:
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0 B"), (512, "512 B"), (999.6, "1.00 kB"), (1536, "1.54 kB"), (1_312_768, "1.31 MB"), (2.1e10, "21.0 GB"),
+    [(0, "0 B"), (512, "512 B"), (0.25, "0.250 B"),
+     (999.6, "1.00 kB"), (1536, "1.54 kB"), (1_312_768, "1.31 MB"), (2.1e10, "21.0 GB"),
      (math.inf, "inf B"), (-2048, "-2.05 kB")],
 )  # fmt: skip
 def test_si(value: float, shown: str) -> None:
@@ -265,7 +266,7 @@ def test_plain_lines_are_a_second_apart_and_aligned() -> None:
     assert any(line.startswith("validation at step 100: loss") for line in lines)
     assert any(line.startswith("saved runs/") for line in lines) and "  Once upon a time" in out.getvalue()
     waits = [line for line in lines if line.startswith("writing the corpus")]
-    assert 2 <= len(waits) <= 6 and waits[-1].endswith("5.00 M of 5.00 M B, 100%")
+    assert 2 <= len(waits) <= 6 and waits[-1].endswith("5.00 MB of 5.00 MB, 100%")
 
 
 def test_a_full_disk_turns_the_log_off_and_not_the_run(tmp_path: Path) -> None:
