@@ -31,7 +31,7 @@ LAYERS = (
     ("backend",),
     ("param", "nn", "tokenizer"),
     ("optim", "model", "data", "formats", "plugin", "head"),
-    ("runtime",),
+    ("runtime", "blocks"),
     ("network", "checkpoint", "dist"),
     ("train", "inputs", "sample"),
     ("evaluate", "bench", "estimate", "convert", "verify", "doctor"),
