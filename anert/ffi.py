@@ -11,9 +11,9 @@ sanitizer or cross build). Importing this module loads nothing.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +23,7 @@ from anert.errors import AnertError, BackendUnavailable, InputError, NativeError
 
 # anert.h: status -> class. ENOMEM and ESYSTEM are the machine's; anything unknown is too.
 _ERRORS: dict[int, type[AnertError]] = {-1: InputError, -3: StateError, -4: UnsupportedError}
+_NAME = "anert._native"
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
 """Names of the instruction sets; the index is anert.h's number."""
 
@@ -35,19 +36,21 @@ def load() -> ModuleType:
     """
     path = os.environ.get("ANERT_NATIVE", "")
     try:
-        if not path:
-            return importlib.import_module("anert._native")
-        from importlib.machinery import ExtensionFileLoader
+        from importlib.machinery import ExtensionFileLoader, PathFinder
         from importlib.util import module_from_spec, spec_from_file_location
 
-        spec = spec_from_file_location("anert._native", path, loader=ExtensionFileLoader("anert._native", path))
+        if path:
+            spec = spec_from_file_location(_NAME, path, loader=ExtensionFileLoader(_NAME, path))
+        else:  # beside this file only: an editable install's finder would offer another checkout's
+            spec = PathFinder.find_spec(_NAME, [str(Path(__file__).parent)])
         if spec is None or spec.loader is None:
-            raise ImportError(f"{path} is no extension module")
+            raise ImportError(f"no extension module in {path or Path(__file__).parent}")
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
+        sys.modules[_NAME] = module
         return module
     except ImportError as error:
-        where = f"{path} (ANERT_NATIVE)" if path else "anert._native"
+        where = f"{path} (ANERT_NATIVE)" if path else _NAME
         raise BackendUnavailable(
             f"the native core {where} does not load ({error}): build it with `python build_ffi.py` "
             "in a checkout, or `pip install .`"
