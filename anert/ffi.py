@@ -11,9 +11,9 @@ sanitizer or cross build); ANERT_ANE does the same for anert._ane. Importing thi
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -48,16 +48,18 @@ def _module(name: str, variable: str, absent: str) -> ModuleType:
     """
     path = os.environ.get(variable, "")
     try:
-        if not path:
-            return importlib.import_module(name)
-        from importlib.machinery import ExtensionFileLoader
+        from importlib.machinery import ExtensionFileLoader, PathFinder
         from importlib.util import module_from_spec, spec_from_file_location
 
-        spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, path))
+        if path:
+            spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, path))
+        else:  # beside this file only: an editable install's finder would offer another checkout's
+            spec = PathFinder.find_spec(name, [str(Path(__file__).parent)])
         if spec is None or spec.loader is None:
-            raise ImportError(f"{path} is no extension module")
+            raise ImportError(f"no extension module in {path or Path(__file__).parent}")
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
+        sys.modules[name] = module
         return module
     except ImportError as error:
         where = f"{path} ({variable})" if path else name

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anert import __version__, options
-from anert.cli import _normalized, main
+from anert.cli import VERBS, main
+from anert.cli.parser import normalized
 from anert.errors import InputError, PluginError
 from anert.plugin import load
 from anert.train import TrainOptions
@@ -129,7 +130,7 @@ def test_durations_add_up(h: int, m: int, s: int) -> None:
 
 def test_both_spellings_of_a_flag() -> None:
     given = ["--grad_accum=4", "--set", "n_heads=3", "--time_budget", "5m", "--", "--a_b"]
-    assert _normalized(given) == ["--grad-accum=4", "--set", "n_heads=3", "--time-budget", "5m", "--", "--a_b"]
+    assert normalized(given) == ["--grad-accum=4", "--set", "n_heads=3", "--time-budget", "5m", "--", "--a_b"]
 
 
 def test_every_train_option_is_a_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,11 +290,13 @@ def test_preset_by_name_and_by_flag(fake: str, capsys: pytest.CaptureFixture[str
 def test_help_and_usage(fake: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "run")[0] == 2
     assert run(capsys, "run", "--preset", "tiny")[2].startswith("anert: PLUGIN comes before the options")
-    for argv in (["run", fake, "--help"], ["run", fake, "sample", "--help"], ["--help"], ["--version"]):
+    for argv in (["run", fake, "--help"], ["run", fake, "sample", "--help"], ["plugins", "--help"]):
         with pytest.raises(SystemExit) as caught:
             main(argv)
         assert caught.value.code == 0
+    assert main(["--help"]) == main(["--version"]) == 0
     out = capsys.readouterr().out
+    assert all(f"\n  {verb} " in out for verb in VERBS)
     assert "Presets: tiny, 110m. Commands: train, sample, corpus." in out and f"anert {__version__}" in out
     assert "--top-p X" in out
     assert run(capsys)[0] == 2

@@ -31,7 +31,7 @@ LAYERS = (
     ("backend",),
     ("param", "nn", "tokenizer"),
     ("optim", "model", "data", "formats", "plugin", "head"),
-    ("runtime",),
+    ("runtime", "blocks"),
     ("network", "checkpoint", "dist"),
     ("train", "inputs", "sample"),
     ("evaluate", "bench", "estimate", "convert", "verify", "doctor"),
@@ -146,11 +146,11 @@ def test_nothing_prints_but_the_command_line() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in SOURCES
-        if name(path) != "cli"
+        if name(path).partition(".")[0] != "cli"
         for node in ast.walk(parsed(path))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]
-    assert not wrong, "print outside cli.py: " + ", ".join(wrong)
+    assert not wrong, "print outside cli: " + ", ".join(wrong)
 
 
 def test_plugins_import_public_names_only() -> None:
