@@ -16,7 +16,7 @@ from anert.plugin import load
 from anert.train import Trainer, TrainOptions
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = {"dim": 64, "hidden_dim": 172, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "seq_len": 128}
+SHAPE = {"dim": 64, "hidden_dim": 172, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "seq_len": 128}
 
 
 def trained_here(folder: Path, shared: Path, precision: str, steps: int) -> tuple[Trainer, dict[str, np.ndarray], Any]:
@@ -45,6 +45,7 @@ def trained_by_pytorch(trainer: Trainer, start: dict[str, np.ndarray], log: Any 
     import torch
     from torch_stories import TorchStories
 
+    torch.set_num_threads(1)  # at this size more of them only wait for each other
     o, cfg = trainer.options, trainer.config
     oracle = TorchStories(cfg, start)
     decayed, plain = ([p for n, p in oracle.p.items() if trainer.store[n].spec.decay is yes] for yes in (True, False))
