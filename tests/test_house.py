@@ -30,7 +30,7 @@ LAYERS = (
     ("kernel",),
     ("backend",),
     ("param", "nn", "tokenizer"),
-    ("optim", "model", "data", "formats", "plugin", "head"),
+    ("optim", "model", "data", "formats", "plugin", "head", "schedule"),
     ("runtime", "blocks"),
     ("network", "checkpoint", "dist"),
     ("train", "inputs", "sample"),
