@@ -1,4 +1,4 @@
-"""Schedules: whatever the lanes' timing, a step computes the bits of the serial order, and every declaration is true."""
+"""Schedules: whatever the lanes' timing, a step computes the serial order's bits, and every declaration is true."""
 
 from __future__ import annotations
 
@@ -52,9 +52,8 @@ def test_no_timing_reorders_a_conflict_and_none_gets_stuck(program, timing):
     order, at = [], [0, 0]
     choices = iter(timing)
     while len(order) < len(program):
-        ready = [
-            lane for lane in (ENGINE, HOST) if at[lane] < len(lanes[lane]) and needs[lanes[lane][at[lane]]] <= at[1 - lane]
-        ]  # fmt: skip
+        left = [lane for lane in (ENGINE, HOST) if at[lane] < len(lanes[lane])]
+        ready = [lane for lane in left if needs[lanes[lane][at[lane]]] <= at[1 - lane]]
         assert ready, "both lanes wait"
         lane = next(choices, ready[0])
         lane = lane if lane in ready else ready[0]
@@ -83,11 +82,12 @@ def test_lanes_overlap_and_their_times_are_their_own(engine):
     ms: dict[str, float] = {}
     start = time.perf_counter()
     schedule.run(ms)
-    assert (time.perf_counter() - start) * 1e3 < ms["a"] + ms["b"]
-    assert ms["a"] >= 100 and 60 <= ms["b"] < 100
-    assert ms["overlapped"] == pytest.approx(60, abs=30)
+    wall = (time.perf_counter() - start) * 1e3
+    assert ms["a"] >= 100 and ms["b"] >= 60
+    assert 0 < ms["a"] + ms["b"] - wall <= ms["overlapped"] < ms["a"]
+    once = dict(ms)
     schedule.run(ms)
-    assert ms["a"] >= 200 and ms["overlapped"] > 60
+    assert ms["a"] >= once["a"] + 100 and once["overlapped"] < ms["overlapped"] < ms["a"]
 
 
 def test_waiting_counts_for_no_kind(engine):
@@ -100,10 +100,12 @@ def test_waiting_counts_for_no_kind(engine):
 
 def test_chains_and_schedules_without_an_engine_stay_on_the_callers_thread(engine):
     seen = []
-    chain = [
-        Task("k", lane, lambda: seen.append(threading.get_ident()), writes=(0,)) for lane in (ENGINE, HOST, ENGINE)
-    ]
-    free = [Task("k", lane, lambda: seen.append(threading.get_ident())) for lane in (ENGINE, HOST)]
+
+    def note() -> None:
+        seen.append(threading.get_ident())
+
+    chain = [Task("k", lane, note, writes=(0,)) for lane in (ENGINE, HOST, ENGINE)]
+    free = [Task("k", lane, note) for lane in (ENGINE, HOST)]
     Schedule(chain, engine).run({})
     Schedule(free).run({})
     assert set(seen) == {threading.get_ident()}
