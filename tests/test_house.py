@@ -29,6 +29,7 @@ LAYERS = (
     ("stages",),
     ("kernel",),
     ("backend",),
+    ("probes",),
     ("param", "nn", "tokenizer"),
     ("optim", "model", "data", "formats", "plugin", "head", "schedule"),
     ("runtime", "blocks"),
