@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from anert import checkpoint
 from anert import events as ev
 from anert.plugin import load
 from anert.train import Trainer, TrainOptions
@@ -24,7 +26,27 @@ OPTIONS = dict(
 def write_text(path: Path, characters: int = 40_000) -> Path:
     """Some words in random order."""
     rng = random.Random(5)
-    words = "the a little fox went home and saw old red stone by river then said it was good day".split()
+    words = [
+        "the",
+        "a",
+        "little",
+        "fox",
+        "went",
+        "home",
+        "and",
+        "saw",
+        "old",
+        "red",
+        "stone",
+        "by",
+        "river",
+        "then",
+        "said",
+        "it",
+        "was",
+        "good",
+        "day",
+    ]
     path.write_text(" ".join(rng.choice(words) for _ in range(characters // 4))[:characters])
     return path
 
@@ -52,3 +74,12 @@ def events(run: Trainer, kind: type) -> list[Any]:
 
 def notices(found: list[ev.Event] | Iterator[ev.Event]) -> list[str]:
     return [e.text for e in found if isinstance(e, ev.Notice)]
+
+
+def bits(run: Path) -> dict[str, str]:
+    """sha256 of every tensor of the last checkpoint, and the figures that a resumed run carries on."""
+    found = checkpoint.load(run)
+    tensors = {**found.model, **found.optim}
+    hashes = {name: hashlib.sha256(t.tobytes()).hexdigest() for name, t in tensors.items()}
+    names = ("optimizer_t", "scaler", "health", "data", "skipped", "train_loss", "val_first", "val_loss", "best_val")
+    return {"step": str(found.step), **hashes, **{name: repr(found.state[name]) for name in names}}

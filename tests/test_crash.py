@@ -3,7 +3,6 @@ killed."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import subprocess
@@ -12,10 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from power import Disk, build_shim
+from small_run import ROOT, bits, flags, write_text
 
 from anert import checkpoint
-from power import Disk, build_shim
-from small_run import ROOT, flags, write_text
 
 STEPS = 150
 KILLS = 25
@@ -35,15 +34,6 @@ def spawn(arguments: list[str], env: dict[str, str] | None = None) -> subprocess
     command = [sys.executable, "-m", "anert", "run", *arguments]
     return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-
-
-def bits(run: Path) -> dict[str, str]:
-    """sha256 of every tensor of the last checkpoint, and the figures that a resumed run carries on."""
-    found = checkpoint.load(run)
-    tensors = {**found.model, **found.optim}
-    hashes = {name: hashlib.sha256(t.tobytes()).hexdigest() for name, t in tensors.items()}
-    names = ("optimizer_t", "scaler", "health", "data", "skipped", "train_loss", "val_first", "val_loss", "best_val")
-    return {"step": str(found.step), **hashes, **{name: repr(found.state[name]) for name in names}}
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +118,7 @@ def run_on(disk: Disk, text: Path) -> bool:
 
 
 def kill_once(disk: Disk, text: Path, rng: random.Random) -> bool:
-    """Run until a random moment: the n-th operation on the disk, or a point in time; then cut the power. Returns whether
+    """Run until a random moment, the n-th operation on the disk or a point in time; then cut the power. Returns whether
     it was killed; else it had ended well."""
     on_disk = rng.random() < 0.6
     env = {**disk.env, **({"FORGETFUL_KILL": str(rng.randrange(1, 900))} if on_disk else {})}

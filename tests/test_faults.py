@@ -11,13 +11,12 @@ import sys
 
 import numpy as np
 import pytest
+from power import Disk, build_shim
+from small_run import ROOT, bits, events, notices, trainer, write_text
 
 from anert import checkpoint, train
 from anert import events as ev
 from anert.health import SETTLED, Health
-from power import Disk, build_shim
-from small_run import ROOT, events, notices, trainer, write_text
-from test_crash import bits
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +133,7 @@ def test_resume_takes_the_newest_that_verifies_and_says_what_it_skipped(text, st
 
 def poisoned(run, at, value=3e4, times=1):
     """`run` with its weights led astray (finite, hopeless) right before each of the steps `at`, `times` times each."""
-    real, left = run.train_step, {step: times for step in at}
+    real, left = run.train_step, dict.fromkeys(at, times)
 
     def step():
         if left.get(run.step, 0) > 0:

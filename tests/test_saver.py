@@ -103,9 +103,8 @@ ACTIONS = st.lists(st.one_of(st.just("step"), st.just("save"), st.tuples(st.inte
 def test_no_checkpoint_with_a_weight_that_is_not_finite_becomes_last(tmp_path_factory, runtime, actions):
     out = tmp_path_factory.mktemp("run")
     store = store_of(runtime, 8, 4)
-    saves, step, last_good = Saver(store, out, None, keep=2), 0, None
-    for action in [*actions, "save"]:
-        step += 1
+    saves, last_good = Saver(store, out, None, keep=2), None
+    for step, action in enumerate([*actions, "save"], 1):
         if action == "save":
             finite = all(np.isfinite(t).all() for named in store.named(store.flats) for t in named.values())
             saves.save(step, {})
