@@ -26,7 +26,7 @@ OPTIONS = dict(
 def write_text(path: Path, characters: int = 40_000) -> Path:
     """Some words in random order."""
     rng = random.Random(5)
-    words = [
+    words = [*"abcdefghij", "the", "little", "fox", "went", "home", "and", "saw", "river", "then", "said", "good"]
         "the",
         "a",
         "little",
