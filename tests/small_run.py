@@ -27,26 +27,6 @@ def write_text(path: Path, characters: int = 40_000) -> Path:
     """Some words in random order."""
     rng = random.Random(5)
     words = [*"abcdefghij", "the", "little", "fox", "went", "home", "and", "saw", "river", "then", "said", "good"]
-        "the",
-        "a",
-        "little",
-        "fox",
-        "went",
-        "home",
-        "and",
-        "saw",
-        "old",
-        "red",
-        "stone",
-        "by",
-        "river",
-        "then",
-        "said",
-        "it",
-        "was",
-        "good",
-        "day",
-    ]
     path.write_text(" ".join(rng.choice(words) for _ in range(characters // 4))[:characters])
     return path
 
