@@ -109,7 +109,7 @@ def test_memory_and_compiles_stay_as_they_are(tmp_path: Path, shared_data: Path)
     text = tmp_path / "some.txt"
     text.write_text((shared_data / "text" / "tinystories_10k.txt").read_text("utf-8")[:300_000], "utf-8")
     fields = {"dim": 32, "hidden_dim": 96, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "seq_len": 32}
-    options = {"data": text, "tokenizer": shared_data / "llama2c" / "tok512.bin", "out": tmp_path / "run", "steps": 1000,
+    options = {"data": text, "tokenizer": shared_data / "llama2c" / "tok512.bin", "steps": 1000, "out": tmp_path / "r",
                "batch": 2, "time-budget": 0, "eval-every": 40, "sample-every": 40, "save-every": 45}  # fmt: skip
     command = [sys.executable, "-m", "anert", "run", str(ROOT / "plugins" / "stories.py"), "--ui", "json"]
     command += [w for k, v in fields.items() for w in ("--set", f"{k}={v}")]
