@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from anert import ffi
 from anert.backend.base import Binding, Program
+from anert.blocks import BlockKernels, build_blocks
 from anert.ffi import call
 from anert.head import Head
-from anert.kernel import Kernel, Slot, build, round_up
-from anert.mil.grad import Gradient, differentiate
-from anert.mil.graph import Function
+from anert.kernel import Kernel, Slot, round_up
 from anert.model import Decoder
 from anert.param import ParamStore
 from anert.runtime import Runtime
-from anert.stages import Stage, roles, split
 from anert.surface import Surface
 
 
@@ -55,18 +53,6 @@ class Location:
 
 
 @dataclass(slots=True)
-class _Block:
-    """A block's programs: one of a kind, shared by the layers."""
-
-    name: str
-    source: Function
-    params: list[str]
-    gradient: Gradient | None
-    forward: list[tuple[Kernel, Program]] = field(default_factory=list)
-    backward: list[tuple[Kernel, Program]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class _Run:
     """One stage of one layer: copies into its packed inputs, then the binding."""
 
@@ -91,59 +77,40 @@ class Network:
         self.seq_len, self.batch, self.n, self.train = seq_len, batch, seq_len * batch, train
         self.layers = model.config.n_layers if model.blocks else 0
         self.ms: dict[str, float] = {}
-        self._blocks = [self._build(block) for block in model.blocks]
+        self._blocks = build_blocks(model, seq_len, batch, train, runtime.layout, runtime.backend.capabilities)
+        self._programs: dict[str, Program] = {}
         runtime.check_memory(self.nbytes(), "activations")
         self._compile(on_compile)
         self._allocate()
 
     # ---- kernels
 
-    def _build(self, block: Any) -> _Block:
-        fn = self.model.trace(block, self.seq_len, self.batch)
-        params = [v.name for v in fn.inputs if v.name != "x"]
-        gradient = differentiate(fn, ["x"], params) if self.train else None
-        result = _Block(fn.name, fn, params, gradient)
-        result.forward = self._kernels(gradient.forward if gradient else fn, params, f"{fn.name}_forward")
-        if gradient:
-            result.backward = self._kernels(gradient.backward, params, f"{fn.name}_backward")
-        return result
-
-    def _kernels(self, fn: Function, params: list[str], name: str) -> list[tuple[Kernel, Any]]:
-        role = roles(fn, params)
-        stages: list[Stage] = split(fn, role)
-        caps, layout = self.runtime.backend.capabilities, self.runtime.layout
-        return [(build(stage, role, layout, caps, f"{name}_{i}"), None) for i, stage in enumerate(stages)]
-
     def _compile(self, on_compile: Callable[[int, int], None] | None) -> None:
-        total = sum(len(b.forward) + len(b.backward) for b in self._blocks)
-        done = 0
-        for b in self._blocks:
-            for part in (b.forward, b.backward):
-                for i, (kernel, _) in enumerate(part):
-                    part[i] = (kernel, self.runtime.backend.compile(kernel.text, kernel.blobs))
-                    done += 1
-                    if on_compile:
-                        on_compile(done, total)
+        kernels = [kernel for b in self._blocks for kernel in b.kernels]
+        for done, kernel in enumerate(kernels, 1):
+            self._programs[kernel.text] = self.runtime.backend.compile(kernel.text, kernel.blobs)
+            if on_compile:
+                on_compile(done, len(kernels))
 
     @property
     def kernels(self) -> int:
         """Distinct programs of this network."""
-        return len({k.text for b in self._blocks for k, _ in (*b.forward, *b.backward)})
+        return len(self._programs)
 
     def nbytes(self) -> int:
         """Bytes of all surfaces that binding will allocate, weights apart."""
         total = (self.layers + 2) * 2 * self.model.config.dim * self.n
         for b in self._blocks:
-            for kernel, _ in b.forward:
+            for kernel in b.forward:
                 total += sum(kernel.sizes[p] for p in {s.port for s in kernel.outputs.values()}) * (
                     self.layers if self.train else 2
                 )
-            for kernel, _ in (*b.forward, *b.backward):
+            for kernel in b.kernels:
                 for port in {s.port for s in kernel.inputs.values()}:
                     names = [n for n, s in kernel.inputs.items() if s.port == port]
                     if len(names) > 1:
                         total += kernel.sizes[port] * (self.layers if any(n in b.params for n in names) else 1)
-            total += sum(kernel.sizes[s.port] for kernel, _ in b.backward for s in kernel.outputs.values())
+            total += sum(kernel.sizes[s.port] for kernel in b.backward for s in kernel.outputs.values())
         return total
 
     # ---- surfaces and bindings
@@ -178,7 +145,7 @@ class Network:
             keep: tuple[Any, ...] | None = (
                 None if self.train else ("forward", j, layer % 2 if len(self._blocks) == 1 else 0)
             )
-            self._forward.append([self._bind(k, p, env, block, layer, keep, j) for k, p in block.forward])
+            self._forward.append([self._bind(k, env, block, layer, keep, j) for k in block.forward])
             self.x.append(env["y"])
             envs.append(env)
         self._backward: list[list[_Run]] = []
@@ -197,12 +164,12 @@ class Network:
             layer, j = divmod(i, len(self._blocks))
             block, env = self._blocks[j], {**envs[i], "cot_y": dout}
             key = ("backward", j, layer % 2 if len(self._blocks) == 1 else 0)
-            self._backward.append([self._bind(k, p, env, block, layer, key, j) for k, p in block.backward])
+            self._backward.append([self._bind(k, env, block, layer, key, j) for k in block.backward])
             self._recipes.append(self._bind_recipes(block, layer, env))
             dout = env["cot_x"]
         self.dx0 = dout
 
-    def _bind(self, kernel: Kernel, program: Program, env: dict[str, Location], block: _Block, layer: int,
+    def _bind(self, kernel: Kernel, env: dict[str, Location], block: BlockKernels, layer: int,
               shared: tuple[Any, ...] | None, j: int) -> _Run:  # fmt: skip
         """Surfaces on all ports of a stage. `env` names what exists; results join it, in scratch under `shared` or of
         their own."""
@@ -232,7 +199,7 @@ class Network:
                     self._surface(size) if shared is None else self._shared((*shared, kernel.name, slot.port), size)
                 )
             env[name] = Location(surfaces[slot.port], slot)
-        return _Run(program.bind(surfaces), copies)
+        return _Run(self._programs[kernel.text].bind(surfaces), copies)
 
     def _shared(self, key: tuple[Any, ...], nbytes: int) -> Surface:
         if key not in self._scratch:
@@ -241,7 +208,7 @@ class Network:
 
     # ---- gradient recipes
 
-    def _bind_recipes(self, block: _Block, layer: int, env: dict[str, Location]) -> list[Callable[[float], None]]:
+    def _bind_recipes(self, block: BlockKernels, layer: int, env: dict[str, Location]) -> list[Callable[[float], None]]:
         assert block.gradient is not None
         runs: list[Callable[[float], None]] = []
         kinds: dict[str, set[str]] = {}
@@ -357,7 +324,7 @@ class Network:
     @property
     def flops(self) -> int:
         """Executed by one forward (and backward, recipes and head in training)."""
-        programs = [p for b in self._blocks for _, p in (*b.forward, *b.backward)]
+        programs = [self._programs[k.text] for b in self._blocks for k in b.kernels]
         blocks = sum(p.stats.flops_executed for p in programs) * self.layers
         head = self.head.flops if self.train else self.head.flops // 3
         return blocks + self.flops_recipes + head

@@ -124,9 +124,7 @@ class Tensors(Mapping[str, Array]):
     def of(cls, arrays: Mapping[str, Array]) -> Tensors:
         """Arrays that are in memory."""
         names = {"float32": "F32", "float16": "F16"}
-        return cls(
-            {n: Entry(a.shape, names.get(a.dtype.name, a.dtype.name), lambda a=a: a) for n, a in arrays.items()}
-        )
+        return cls({n: Entry(a.shape, names.get(a.dtype.name, a.dtype.name), lambda a=a: a) for n, a in arrays.items()})
 
     def __getitem__(self, name: str) -> Array:
         return self.entries[name].read()

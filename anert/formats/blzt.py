@@ -54,7 +54,9 @@ def read(path: Path, arch: str = "") -> Pretrained:
     if problem := config.problem():
         raise InputError(f"{path}: not a BLZT checkpoint: its header says {problem}")
     if arch not in ARCHITECTURES:
-        what = f"--arch {arch!r}: choose" if arch else "BLZT version 3 was written by trainers of three kinds: pass --arch"
+        what = (
+            f"--arch {arch!r}: choose" if arch else "BLZT version 3 was written by trainers of three kinds: pass --arch"
+        )
         raise InputError(f"{path}: {what} {', '.join(ARCHITECTURES)}")
     needs = 12 * config.n_params()
     orion = version == 2 and size == ORION_BYTES + needs
@@ -70,9 +72,7 @@ def read(path: Path, arch: str = "") -> Pretrained:
         "total_steps": f[3], "adam_t": f[17],
     }  # fmt: skip
     notes = [f"trained as {arch}" + (f"; residual scale {alpha:.4g} folded into wo and w2" if alpha != 1 else "")]
-    return Pretrained(
-        "blzt", path, config.describe(), Tensors(entries), step=max(f[2], 0), about=about, notes=notes
-    )
+    return Pretrained("blzt", path, config.describe(), Tensors(entries), step=max(f[2], 0), about=about, notes=notes)
 
 
 def _maderix(c: LlamaConfig) -> Iterator[tuple[str, int]]:

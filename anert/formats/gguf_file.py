@@ -176,7 +176,9 @@ def _decode(blocks: Array, kind: int, path: Path) -> Array:
     try:
         return gguf.dequantize(blocks, gguf.GGMLQuantizationType(kind))
     except NotImplementedError:
-        raise UnsupportedError(f"{path}: the gguf package cannot decode {gguf.GGMLQuantizationType(kind).name}") from None
+        raise UnsupportedError(
+            f"{path}: the gguf package cannot decode {gguf.GGMLQuantizationType(kind).name}"
+        ) from None
 
 
 def _package(path: Path) -> Any:
