@@ -36,7 +36,7 @@ LAYERS = (
     ("network", "checkpoint", "dist"),
     ("formats",),
     ("train", "inputs", "sample"),
-    ("evaluate", "bench", "estimate", "convert", "verify", "doctor"),
+    ("evaluate", "bench", "estimate", "convert", "inspect", "verify", "doctor"),
     ("report", "options", "scaffold"),
     ("board",),
     ("dashboard",),

@@ -114,8 +114,13 @@ class Entry:
     read: Callable[[], Array]
 
 
+def in_memory(array: Array, encoding: str) -> Entry:
+    """The entry of an array that exists, or is a view of a mapped file."""
+    return Entry(array.shape, encoding, lambda: array)
+
+
 class Tensors(Mapping[str, Array]):
-    """Name -> fp32 or fp16 array, read or decoded anew each time it is asked for; views of the file where they can be."""
+    """Name -> fp32 or fp16 array, read or decoded anew each time; a view of the file where it can be."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.entries = dict(entries)
@@ -124,7 +129,7 @@ class Tensors(Mapping[str, Array]):
     def of(cls, arrays: Mapping[str, Array]) -> Tensors:
         """Arrays that are in memory."""
         names = {"float32": "F32", "float16": "F16"}
-        return cls({n: Entry(a.shape, names.get(a.dtype.name, a.dtype.name), lambda a=a: a) for n, a in arrays.items()})
+        return cls({n: in_memory(a, names.get(a.dtype.name, a.dtype.name)) for n, a in arrays.items()})
 
     def __getitem__(self, name: str) -> Array:
         return self.entries[name].read()
@@ -151,8 +156,8 @@ class Tensors(Mapping[str, Array]):
 class Pretrained:
     """A model as read: the one form between all formats.
 
-    Tensors are named as LlamaConfig.shapes says, (out, in), q and k rows in llama2.c's order (RoPE over adjacent pairs);
-    those of a run directory as the plugin's model names them. config: fields of the model's config.
+    Tensors are named as LlamaConfig.shapes says, (out, in), q and k rows in llama2.c's order (RoPE over adjacent
+    pairs); those of a run directory as the plugin's model names them. config: fields of the model's config.
     """
 
     format: str
@@ -206,7 +211,7 @@ def read_head(path: Path, n: int) -> tuple[bytes, int]:
     return head[:n], size
 
 
-def map_bytes(path: Path) -> NDArray[np.uint8]:
+def map_bytes(path: Path) -> NDArray[Any]:
     """A file, mapped read-only."""
     try:
         return np.memmap(path, np.uint8, "r")
@@ -241,3 +246,8 @@ def writing(path: Path) -> Iterator[BinaryIO]:
         raise InputError(f"{path}: cannot write the model: {e.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a directory."""
+    return path.stat().st_size if path.is_file() else sum(p.stat().st_size for p in path.rglob("*") if p.is_file())

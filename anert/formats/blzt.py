@@ -1,9 +1,9 @@
 """BLZT training checkpoints (magic 0x424C5A54), read: maderix/ANE versions 2 to 4, and Orion's version 2.
 
-A header of 96 bytes (Orion: 88, no padding behind the counters), then float32 weights with their Adam moments: 12 bytes
+A header of 96 bytes (Orion: 88, no padding behind the counters), then float32 weights with their Adam moments, 12 bytes
 a parameter. maderix (train_large.m, training_dynamic/train.m): for each layer its tensors, then m and v of each; then
-final norm and embedding, each with m and v. Orion (core/checkpoint.m): all layers' weights, then their m's and v's layer
-by layer, then embedding and final norm. The two versions 2 differ by size alone.
+final norm and embedding, each with m and v. Orion (core/checkpoint.m): all layers' weights, then their m's and v's
+layer by layer, then embedding and final norm. The two versions 2 differ by size alone.
 
 The version does not say what was trained: 2 had no RoPE; 3 first had none, then RoPE and a residual scale of
 1/sqrt(2 n_layers); 4 has both. x + a W o = x + (a W) o, so the scale is folded into wo and w2 here.

@@ -74,7 +74,7 @@ class _Cursor:
 
     def __init__(self, path: Path) -> None:
         self.path, self.at = path, 0
-        self.data = memoryview(map_bytes(path))
+        self.data = map_bytes(path).data
 
     def take(self, n: int) -> memoryview:
         if n > len(self.data) - self.at:
@@ -224,8 +224,8 @@ def _config(keys: dict[str, Any], found: dict[str, Entry], path: Path) -> LlamaC
         dim, get("feed_forward_length", int), get("block_count", int), heads,
         get("attention.head_count_kv", int, heads), found[TOP["tok_embeddings"]].shape[0], get("context_length", int),
         TOP["output"] not in found,
-        # stored as float32: 1e-5 comes as 9.9999997e-06
-        float(str(get("attention.layer_norm_rms_epsilon", np.float32))), get("rope.freq_base", float, 10000.0), head_dim,
+        float(str(get("attention.layer_norm_rms_epsilon", np.float32))),  # the shortest: 1e-5, not 9.9999997e-06
+        get("rope.freq_base", float, 10000.0), head_dim,
     )  # fmt: skip
     if problem := config.problem():
         raise InputError(f"{path}: no model can have {problem}: damaged")

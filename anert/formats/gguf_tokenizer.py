@@ -21,7 +21,7 @@ SPLITS: dict[str, tuple[dict[str, Any], ...]] = {
     "llama-bpe": ({"type": "Split", "behavior": "Isolated", "pattern": {"Regex": PATTERNS["cl100k"]}},),
     "qwen2": ({"type": "Split", "behavior": "Isolated", "pattern": {"Regex": QWEN}},),
 }
-"""`tokenizer.ggml.pre` -> what goes before the byte-level split, in tokenizer.json's words (llama.cpp, llama-vocab.cpp)."""
+"""`tokenizer.ggml.pre` -> what goes before the byte-level split, in tokenizer.json's words (llama.cpp)."""
 
 WHOLE_WORDS = ("llama-bpe",)
 OWN_SPLIT = ("llama-bpe", "qwen2")

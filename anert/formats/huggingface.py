@@ -232,7 +232,9 @@ def _settings(c: LlamaConfig, dtype: str, ids: Mapping[str, int]) -> dict[str, A
         "mlp_bias": False,
         "torch_dtype": name,
         "dtype": name,
-        **{"bos_token_id": None, "eos_token_id": None, **ids},
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **ids,
     }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,6 +28,7 @@ from anert.formats.base import (
     LlamaConfig,
     Pretrained,
     Tensors,
+    in_memory,
     map_bytes,
     read_head,
     writing,
@@ -180,17 +182,18 @@ def _wrong_size(path: Path, size: int, config: LlamaConfig, version: int, group:
 
 
 def _legacy(head: bytes) -> LlamaConfig:
-    *fields, vocab, seq_len = HEADER.unpack_from(head)
-    return LlamaConfig(*fields, abs(vocab), seq_len, vocab > 0)
+    dim, hidden, layers, heads, kv, vocab, seq_len = HEADER.unpack_from(head)
+    return LlamaConfig(dim, hidden, layers, heads, kv, abs(vocab), seq_len, vocab > 0)
 
 
 def _versioned(path: Path, head: bytes) -> tuple[LlamaConfig, int, int]:
     if len(head) < VERSIONED_BYTES:
         raise InputError(f"{path}: {len(head)} bytes; a llama2.c v1 or v2 checkpoint has a header of {VERSIONED_BYTES}")
-    _, version, *fields, tied = VERSIONED.unpack_from(head)
+    _, version, dim, hidden, layers, heads, kv, vocab, seq_len, tied = VERSIONED.unpack_from(head)
     if version not in (1, 2):
         raise InputError(f"{path}: llama2.c version {version}; anert reads 0, 1 and 2")
-    return LlamaConfig(*fields, bool(tied)), version, struct.unpack_from("<i", head, VERSIONED.size)[0]
+    config = LlamaConfig(dim, hidden, layers, heads, kv, vocab, seq_len, bool(tied))
+    return config, version, struct.unpack_from("<i", head, VERSIONED.size)[0]
 
 
 def _header(c: LlamaConfig, version: int, group: int) -> bytes:
@@ -226,14 +229,14 @@ def _entries(path: Path, config: LlamaConfig, version: int, group: int) -> tuple
             scales = n // group
             q = extra[f"{name}.q"] = np.asarray(data[at : at + n]).view(np.int8)
             scale = extra[f"{name}.scale"] = np.frombuffer(data, "<f4", scales, at + n)
-            entries[name] = Entry(shape, "Q8_0", lambda q=q, scale=scale, shape=shape: dequantize(q, scale, shape))
+            entries[name] = Entry(shape, "Q8_0", partial(dequantize, q, scale, shape))
             at += n + 4 * scales
             continue
         array = np.frombuffer(data, "<f4", n, at).reshape(shape)
         if name in TABLES:
             extra[name] = array
         else:
-            entries[name] = Entry(shape, "F32", lambda array=array: array)
+            entries[name] = in_memory(array, "F32")
         at += 4 * n
     return entries, extra
 

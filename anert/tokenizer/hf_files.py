@@ -111,7 +111,12 @@ def _llama(m: Pieces) -> dict[str, Any]:
         first = {"SpecialToken": {"id": bos, "type_id": 0}}
         a, b = ({"Sequence": {"id": name, "type_id": n}} for n, name in enumerate("AB"))
         token = {"id": bos, "ids": [m.bos_id], "tokens": [bos]}
-        post = {"type": "TemplateProcessing", "single": [first, a], "pair": [first, a, b], "special_tokens": {bos: token}}
+        post = {
+            "type": "TemplateProcessing",
+            "single": [first, a],
+            "pair": [first, a, b],
+            "special_tokens": {bos: token},
+        }
     return _file(
         added,
         {

@@ -18,8 +18,8 @@ LARGEST = 256 << 20
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer: llama2.c tokenizer.bin, SentencePiece .model, our JSON, Hugging Face tokenizer.json
-    (byte-level BPE or Llama's), GPT-2 vocab.json with merges.txt beside it, tiktoken ranks; or a directory with one of them.
+    """Read a tokenizer: llama2.c tokenizer.bin, SentencePiece .model, our JSON, Hugging Face tokenizer.json (byte-level
+    BPE or Llama's), GPT-2 vocab.json with merges.txt beside it, tiktoken ranks; or a directory with one of them.
 
     Raises InputError: missing, truncated, a git-lfs pointer, or of a kind that anert does not read.
     """
