@@ -32,6 +32,8 @@ VERBS = {
     "inspect": ("tell what a model, token, tokenizer or weight file is", "inspect"),
     "convert": ("write a model file in another format", "convert"),
     "new": ("write a model plugin that trains as it stands", "new"),
+    "verify": ("prove that an interrupted run goes on bit for bit", "verify"),
+    "doctor": ("look at this machine, and probe its Neural Engine", "doctor"),
     "lint": ("check MIL text, or a plugin's kernels, against the Neural Engine's published constraints", "lint"),
 }
 """verb -> (what it does, module of anert.cli), in the order that --help lists them."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,13 +25,14 @@ GRAVITY = ("agreed", "error", "warning", "never")
 
 
 def main(argv: Sequence[str]) -> int:
-    from anert.mil.lint import as_json, as_sarif, as_text
+    from anert.mil.lint import as_json, as_sarif, as_text, measured
     from anert.mil.lint_rules import CHIPS, catalogue
 
     parser = Parser(prog="anert lint", description=ABOUT)
     add = parser.add_argument
     add("subject", nargs="?", metavar="FILE.mil|PLUGIN", help="MIL text, or a plugin")
     add("--target", default=",".join(CHIPS), metavar="CHIPS", help="chips to check for [%(default)s]")
+    add("--here", action="store_true", help="check for this machine, as anert doctor has probed it")
     add("--format", choices=("text", "json", "sarif"), default="text", help="[%(default)s]")
     add("--fail-on", choices=GRAVITY, default="agreed", help="agreed: errors that no source disputes [%(default)s]")
     add("--rules", action="store_true", help="list the catalogue instead")
@@ -41,11 +43,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if not found.subject:
         raise InputError("nothing to check: name a MIL file or a plugin (anert lint --help)")
-    results = list(_subjects(found.subject, found.target))
+    target, rules = _here() if found.here else (found.target, {})
+    results = [(path, measured(part, rules)) for path, part in _subjects(found.subject, target)]
     findings = [f for _, part in results for f in part]
     if found.json or found.format == "json":
         rows = [{"path": path, **row} for path, part in results for row in as_json(part)]
-        print(json.dumps({"findings": rows, "programs": len(results), "target": found.target.split(",")}))
+        print(json.dumps({"findings": rows, "programs": len(results), "target": target.split(",")}))
     elif found.format == "sarif":
         logs = [as_sarif(part, path) for path, part in results]
         log = logs[0]
@@ -55,14 +58,28 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(as_text(part, path) for path, part in results if part))
         agreed, grave = (_failing(findings, level) for level in ("agreed", "error"))
         counts = f"{agreed} agreed errors, {grave - agreed} disputed errors, {len(findings) - grave} warnings and notes"
-        print(f"{len(results)} programs checked for {found.target}: {counts}", file=sys.stderr)
+        print(f"{len(results)} programs checked for {target}: {counts}", file=sys.stderr)
     return 1 if _failing(findings, found.fail_on) else 0
+
+
+def _here() -> tuple[str, Mapping[str, bool]]:
+    """(chip, settled rules) of this machine. Raises InputError where doctor has not probed it."""
+    from anert.capabilities import load_record, machine_key
+    from anert.mil.lint_rules import CHIPS
+
+    record, chip = load_record(), machine_key()["chip"].lower()
+    known = [name for name in CHIPS if re.search(rf"\b{name}\b", chip)]
+    if record is None or not known:
+        raise InputError(
+            f"--here needs the probes of this machine ({chip or 'unknown chip'}): run anert doctor on a Mac"
+        )
+    return known[0], record.rules
 
 
 def _failing(findings: Sequence[Finding], level: str) -> int:
     """How many findings are as grave as `level` of GRAVITY."""
     wanted = {"agreed": ("error",), "error": ("error",), "warning": ("error", "warning"), "never": ()}[level]
-    return sum(f.severity in wanted and (level != "agreed" or f.confidence == "agreed") for f in findings)
+    return sum(f.severity in wanted and (level != "agreed" or f.confidence != "disputed") for f in findings)
 
 
 def _subjects(subject: str, target: str) -> Iterator[tuple[str, list[Finding]]]:
