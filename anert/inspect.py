@@ -31,7 +31,8 @@ def _model(model: Any, title: str, path: Path) -> dict[str, Any]:
         "path": str(path), "kind": "model", "format": model.format, "title": title,
         "architecture": "llama" if "n_heads" in model.config else str(model.about.get("plugin", "")),
         "config": model.config, "parameters": model.tensors.n_params, "tensors": len(model.tensors),
-        "encodings": model.tensors.encodings(), "bytes": size_of(path), **{k: v for k, v in model.about.items() if v != ""},
+        "encodings": model.tensors.encodings(), "bytes": size_of(path),
+        **{key: value for key, value in model.about.items() if value != ""},
     }  # fmt: skip
     if model.step >= 0:
         facts["step"] = model.step
