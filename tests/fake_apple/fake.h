@@ -55,6 +55,7 @@ typedef struct {
     int32_t equal_sizes;         /* 1: all input surfaces must have one size, outputs too */
     int32_t evaluate_us;         /* no evaluate that works returns sooner */
     int32_t lock_failures;       /* so many IOSurfaceLock from now answer an error */
+    int32_t unlock_failures;     /* so many IOSurfaceUnlock from now answer an error, and leave the lock */
     int32_t create_failures;     /* so many IOSurfaceCreate from now give NULL */
     int32_t short_surface;       /* 1: IOSurfaceCreate grants less than it was asked for */
     int32_t seal;                /* 1: memory that is not locked cannot be touched at all: SIGSEGV */
