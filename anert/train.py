@@ -397,7 +397,7 @@ class Trainer:
         step_ms = (now - start) * 1e3
         self.step_ms.append(step_ms)
         tokens_done = o.batch * o.grad_accum * self.config.seq_len
-        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "sync": 0.0, "dashboard": self.ui_ms}
+        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "dashboard": self.ui_ms}
         elapsed = now - self._begin
         return StepDone(
             step=self.step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=bool(why),
