@@ -476,7 +476,7 @@ class Trainer:
                 yield Notice("warning", f"the last {self.health.bad} steps were not usable, so not saved ({self.why}). "
                                         f"{self._kept()}")  # fmt: skip
             if reason != "interrupted" and self.options.sample_every:
-                yield self._sample(seconds=5.0)
+                yield self._sample(500, seconds=5.0)  # a whole story
         yield RunDone(reason, self.summary())
         self.rt.close()
 

@@ -443,4 +443,4 @@ def test_a_weight_sync_that_the_optimizer_does_is_said_to_be_there(size: tuple[i
     for step, words in ((done, " ms "), (fused, "in optimizer")):
         shown = text(frame(board([fake_run.started(), step]).snapshot(), *size))
         row = next(line for line in shown.splitlines() if "weight sync" in line)
-        assert words in row[: size[0] // 2], row
+        assert words in row, row
