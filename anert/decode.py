@@ -24,7 +24,7 @@ from anert.head import Head
 from anert.kernel import Kernel, Slot, round_up
 from anert.model import Decoder
 from anert.network import Location
-from anert.nn import MASKED
+from anert.nn import MASKED, halves
 from anert.param import ParamStore
 from anert.runtime import Runtime
 from anert.surface import Surface
@@ -45,7 +45,7 @@ class _Width:
     """anert_columns of the new keys and values, for all layers."""
     n_new: int
     rotation: list[tuple[np.ndarray, np.ndarray]]
-    """For cos and sin of each head size: (port view (hd, T), table (S, hd))."""
+    """For cos and sin of each head size: (port view (2 hd, T), table (2 hd, S))."""
     tokens: np.ndarray
     touched: list[Surface] = field(default_factory=list)
 
@@ -168,11 +168,10 @@ class Session:
         return self.runtime.backend.compile(kernel.text, kernel.blobs).bind(surfaces)
 
     def _table(self, name: str) -> np.ndarray:
-        """cos or sin of every position, (S, hd) fp16, by name of their port: cos<hd>, sin<hd>."""
+        """cos or sin of every position, (2 hd, S) fp16 halves, by name of their port: cos<hd>, sin<hd>."""
         if name not in self._tables:
-            hd = int(name[3:])
-            angle = self.model.positions(self.capacity, 1).angles(hd)
-            self._tables[name] = getattr(np, name[:3])(angle).T.astype(np.float16)
+            angle = self.model.positions(self.capacity, 1).angles(int(name[3:]))
+            self._tables[name] = np.concatenate(halves(getattr(np, name[:3])(angle)))
         return self._tables[name]
 
     # ---- running
@@ -222,7 +221,7 @@ class Session:
         width.tokens[n:] = 0  # padding comes after: nobody looks back at it
         width.head.embed(width.tokens, width.x[0])
         for port, table in width.rotation:
-            port[:, :n] = table[at : at + n].T
+            port[:, :n] = table[:, at : at + n]
         width.run.run()
         call(ffi.lib.anert_columns_put, width.new, width.n_new, at, n)
         self._mask[:, at : at + n] = 0.0

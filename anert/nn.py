@@ -17,6 +17,12 @@ MASKED = -30000.0
 it."""
 
 
+def halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x as a sum of two fp16 arrays, to 2^-24 of it: what fp16 holds of it, and of the rest."""
+    high = x.astype(np.float16)
+    return high, (x - high).astype(np.float16)
+
+
 class Positions:
     """Where the T columns of a block's input stand: `batch` sequences of `seq_len`, one after another (N = batch *
     seq_len).
@@ -41,9 +47,21 @@ class Positions:
         return np.repeat(np.outer(frequency, np.arange(self.seq_len)), 2, axis=0)
 
     def rotation(self, fn: Function, head_dim: int) -> tuple[Value, Value]:
-        """cos and sin of `angles`, each (head_dim, N)."""
+        """cos and sin of `angles`, each (head_dim, N), a sum of two fp16 constants: rounded to one, they alone put
+        logits off by 2e-3 of the largest where the interior is fp32."""
         angle = np.tile(self.angles(head_dim), (1, self.batch))  # (hd, N)
-        return self._const(fn, "cos", head_dim, np.cos(angle)), self._const(fn, "sin", head_dim, np.sin(angle))
+        return self._sum(fn, "cos", head_dim, np.cos(angle)), self._sum(fn, "sin", head_dim, np.sin(angle))
+
+    def _sum(self, fn: Function, kind: str, size: int, make: np.ndarray) -> Value:
+        """The sum of the two halves of `make`."""
+        key = (id(fn), kind, size)
+        value = self._consts.get(key)
+        if value is None or value.function is not fn:
+            high, low = halves(make)
+            value = self._consts[key] = ops.add(
+                fn.const(high, "fp16", f"{kind}_high"), fn.const(low, "fp16", f"{kind}_low"), name=kind
+            )
+        return value
 
     def mask(self, fn: Function) -> Value:
         """(T, T) additive: 0 where key <= query, MASKED above the diagonal."""
@@ -67,8 +85,9 @@ class Past:
 class CachedPositions(Positions):
     """T positions of one sequence behind up to S cached ones: where they stand is an input, not a constant.
 
-    Rotation tables become the inputs `cos`, `sin` (hd, T); the cache of the n-th attention of a block the inputs `k<n>`,
-    `v<n>` (KV * hd, S) and `past` (1, S), and its new keys and values the outputs `k<n>_new`, `v<n>_new` (KV * hd, T).
+    Rotation tables become the inputs `cos<hd>`, `sin<hd>` (2 hd, T): `halves`, one above the other. The cache of the n-th
+    attention of a block becomes the inputs `k<n>`, `v<n>` (KV * hd, S) and `past` (1, S), and its new keys and values the
+    outputs `k<n>_new`, `v<n>_new` (KV * hd, T).
     """
 
     def __init__(self, seq_len: int, cached: int, theta: float = 10000.0) -> None:
@@ -76,6 +95,7 @@ class CachedPositions(Positions):
         self.cached = cached
         self.outputs: dict[str, Value] = {}
         self._inputs: dict[str, Value] = {}
+        self._sums: dict[str, Value] = {}
 
     def _input(self, fn: Function, name: str, shape: tuple[int, int]) -> Value:
         if name not in self._inputs:
@@ -83,8 +103,16 @@ class CachedPositions(Positions):
         return self._inputs[name]
 
     def rotation(self, fn: Function, head_dim: int) -> tuple[Value, Value]:
-        shape = (head_dim, self.seq_len)
-        return self._input(fn, f"cos{head_dim}", shape), self._input(fn, f"sin{head_dim}", shape)
+        cos, sin = (self._halved(fn, f"{name}{head_dim}", head_dim) for name in ("cos", "sin"))
+        return cos, sin
+
+    def _halved(self, fn: Function, name: str, head_dim: int) -> Value:
+        """The sum (1, head_dim, T) of an input's two halves."""
+        if name not in self._sums:
+            x = self._input(fn, name, (2 * head_dim, self.seq_len))
+            parts = ops.reshape(x, shape=(2, head_dim, self.seq_len))
+            self._sums[name] = ops.reduce_sum(parts, axes=(0,), keep_dims=True)
+        return self._sums[name]
 
     def past(self, k: Value, v: Value) -> Past:
         fn, n, rows = k.function, len(self.outputs) // 2, k.shape[0] * k.shape[1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from anert import ffi
 from anert.errors import InputError, ShapeError
 from anert.ffi import Pool, call
 from anert.kernel import Slot
-from anert.surface import Heap, Surface
+from anert.surface import Heap, Surface, locked
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Param:
         self.m: np.ndarray | None = None
         self.v: np.ndarray | None = None
         self.placements: list[tuple[Surface, Slot]] = []
+        self._shared: list[Surface] = []
         self._native: Any = None
 
     def place(self, surface: Surface, slot: Slot) -> None:
@@ -77,6 +79,8 @@ class Param:
                 f"{self.name}: slot of {slot.port} ends at byte {last * 2}, the surface has {surface.nbytes}"
             )
         self.placements.append((surface, slot))
+        if surface.shared and surface not in self._shared:
+            self._shared.append(surface)
         self._native = None
 
     @property
@@ -90,8 +94,12 @@ class Param:
             self._native = array
         return self._native, len(self.placements)
 
-    def touched(self) -> None:
-        """Advance the seeds of the surfaces that hold copies: a native pass has written them."""
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """While a native pass writes the copies: surfaces that another device shares are locked, and at the end the
+        seeds of all have advanced."""
+        with locked(self._shared):
+            yield
         for surface, _ in self.placements:
             surface.touch()
 
@@ -184,16 +192,8 @@ class ParamStore(Mapping[str, Param]):
         total = 0
         for p in self.values():
             array, n = p.native
-            call(
-                ffi.lib.anert_param_sync,
-                self.pool.ptr,
-                ffi.ffi.cast("float *", p.master.ctypes.data),
-                p.rows,
-                p.cols,
-                array,
-                n,
-                clamped,
-            )
-            p.touched()
+            master = ffi.ffi.cast("float *", p.master.ctypes.data)
+            with p.writing():
+                call(ffi.lib.anert_param_sync, self.pool.ptr, master, p.rows, p.cols, array, n, clamped)
             total += clamped[0]
         return total

@@ -31,7 +31,7 @@ LAYERS = (
     ("backend",),
     ("probes",),
     ("param", "nn", "tokenizer"),
-    ("optim", "model", "data", "formats", "plugin", "head"),
+    ("optim", "model", "data", "formats", "plugin", "head", "schedule"),
     ("runtime", "blocks"),
     ("network", "checkpoint", "dist"),
     ("train", "inputs", "sample"),
