@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anert.errors import InputError, NonFiniteError
-from anert.sample import Sampler, choose, distribution
+from anert.sampler import Sampler, choose, distribution
 
 logit_lists = st.lists(st.integers(-20, 20).map(lambda i: i / 4), min_size=1, max_size=30)
 filters = st.fixed_dictionaries(
@@ -80,7 +80,7 @@ def test_many_draws_follow_the_distribution(settings):
         logits.astype(float).tolist(), **({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | settings)
     )
     sampler = Sampler(**settings, seed=11)
-    rng = sampler.rng()
+    rng = sampler.generator()
     counts = np.bincount([sampler.choose(logits, rng) for _ in range(n)], minlength=20)
     assert set(np.flatnonzero(counts).tolist()) <= expected.keys()
     chi2 = sum((counts[i] - n * p) ** 2 / (n * p) for i, p in expected.items())
@@ -100,7 +100,7 @@ def test_seeds_repeat_and_differ():
 
     def draws(seed):
         sampler = Sampler(seed=seed)
-        rng = sampler.rng()
+        rng = sampler.generator()
         return [sampler.choose(logits, rng) for _ in range(20)]
 
     assert draws(1) == draws(1) != draws(2)
