@@ -93,8 +93,8 @@ def compare(folder: Path, shared: Path, steps: int, log: Any = None) -> dict[str
 @pytest.mark.slow
 def test_it_trains_as_well_as_pytorch(tmp_path: Path, shared_data: Path) -> None:
     pytest.importorskip("torch")
-    found = compare(tmp_path, shared_data, 150)
-    assert found["pytorch"] < found["unigram"] - 0.4, "a run that learns nothing proves nothing"
+    found = compare(tmp_path, shared_data, 300)
+    assert found["pytorch"] < found["unigram"] - 1.0, "a run that learns nothing proves nothing"
     assert found["fp32"] == pytest.approx(found["pytorch"], rel=0.02)
     assert found["bf16"] == pytest.approx(found["pytorch"], rel=0.03)
 
