@@ -57,8 +57,15 @@ class Session:
     big is allocated, CompileError past the compile budget.
     """
 
-    def __init__(self, runtime: Runtime, model: Decoder, store: ParamStore, capacity: int = 0,
-                 widths: Sequence[int] = WIDTHS, on_compile: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        runtime: Runtime,
+        model: Decoder,
+        store: ParamStore,
+        capacity: int = 0,
+        widths: Sequence[int] = WIDTHS,
+        on_compile: Callable[[int, int], None] | None = None,
+    ) -> None:
         self.runtime, self.model, self.store = runtime, model, store
         self.capacity = capacity or model.config.seq_len
         self.layers = model.config.n_layers if model.blocks else 0
@@ -97,9 +104,7 @@ class Session:
     # ---- surfaces and bindings
 
     def _surface(self, nbytes: int) -> Surface:
-        return self.runtime.backend.surface(
-            max(self.caps.min_surface, round_up(nbytes, self.caps.surface_multiple))
-        )
+        return self.runtime.backend.surface(max(self.caps.min_surface, round_up(nbytes, self.caps.surface_multiple)))
 
     def _location(self, name: str, rows: int, cols: int) -> Location:
         width = round_up(cols, self.caps.width_multiple)
@@ -124,8 +129,7 @@ class Session:
         for i in range(self.layers * len(blocks)):
             layer, j = divmod(i, len(blocks))
             env = {**shared, "x": x[-1]}
-            for kernel in blocks[j].forward:
-                bindings.append(self._bind(kernel, env, blocks[j], layer, j, i % 2))
+            bindings += [self._bind(kernel, env, blocks[j], layer, j, i % 2) for kernel in blocks[j].forward]
             shared |= {n: where for n, where in env.items() if n.startswith(("cos", "sin"))}
             new += [(env[n], self._caches[layer, j, n.removesuffix("_new")]) for n in env if n.endswith("_new")]
             x.append(env["y"])
@@ -181,7 +185,7 @@ class Session:
         self.rewind(0)
 
     def rewind(self, position: int) -> None:
-        """Forget the positions from `position` on: the next token stands there. StateError if it has not been reached."""
+        """Forget the positions from `position` on; StateError if it has not been reached."""
         if not 0 <= position <= self.position:
             raise StateError(f"cannot go back to position {position}: the cache holds {self.position}")
         self._mask[:, position : self.position] = MASKED

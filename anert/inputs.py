@@ -83,6 +83,15 @@ def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) 
     return Weights(dataclasses.replace(config, **fields), tensors)
 
 
+def plugin_of(path: Path) -> str:
+    """Name of the plugin that trained a checkpoint; `stories`, whose model is Llama's, for another program's file."""
+    from anert import checkpoint
+
+    if path.is_dir() or path.name in ("last", "best"):
+        return str(checkpoint.load(path).state.get("plugin", "stories"))
+    return "stories"
+
+
 def open_model(plugin: Plugin, path: Path, tokenizer: str) -> tuple[Decoder, Mapping[str, np.ndarray], Tokenizer]:
     """The model, its weights and its tokenizer, from a run directory, a step of one, or a llama2.c file."""
     from anert import checkpoint

@@ -69,7 +69,7 @@ class Positions:
         return self._const(fn, "mask", t, np.triu(np.full((t, t), MASKED), 1))
 
     def past(self, k: Value, v: Value) -> Past | None:
-        """What `causal_attention` sees beside the keys k and values v (KV, hd, N) of this block: nothing in training."""
+        """What `causal_attention` sees beside k and v (KV, hd, N): nothing in training."""
         return None
 
 
@@ -85,9 +85,9 @@ class Past:
 class CachedPositions(Positions):
     """T positions of one sequence behind up to S cached ones: where they stand is an input, not a constant.
 
-    Rotation tables become the inputs `cos<hd>`, `sin<hd>` (2 hd, T): `halves`, one above the other. The cache of the n-th
-    attention of a block becomes the inputs `k<n>`, `v<n>` (KV * hd, S) and `past` (1, S), and its new keys and values the
-    outputs `k<n>_new`, `v<n>_new` (KV * hd, T).
+    Rotation tables become the inputs `cos<hd>`, `sin<hd>` (2 hd, T): `halves`, one above the other. The cache of the
+    n-th attention of a block becomes the inputs `k<n>`, `v<n>` (KV * hd, S) and `past` (1, S), and its new keys and
+    values the outputs `k<n>_new`, `v<n>_new` (KV * hd, T).
     """
 
     def __init__(self, seq_len: int, cached: int, theta: float = 10000.0) -> None:
@@ -231,9 +231,7 @@ def _attend(q: Value, k: Value, v: Value, past: Past, pos: Positions) -> Value:
     new = ops.matmul(q, k, transpose_x=True) * scale  # (.., T, T)
     if pos.seq_len > 1:
         new = new + pos.mask(q.function)
-    top = ops.maximum(
-        ops.reduce_max(old, axes=(-1,), keep_dims=True), ops.reduce_max(new, axes=(-1,), keep_dims=True)
-    )
+    top = ops.maximum(ops.reduce_max(old, axes=(-1,), keep_dims=True), ops.reduce_max(new, axes=(-1,), keep_dims=True))
     old, new = ops.exp(old - top), ops.exp(new - top)
     total = ops.reduce_sum(old, axes=(-1,), keep_dims=True) + ops.reduce_sum(new, axes=(-1,), keep_dims=True)
     old, new = ops.real_div(old, total), ops.real_div(new, total)

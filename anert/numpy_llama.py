@@ -25,10 +25,14 @@ class NumpyLlama:
         cfg = model.config
         layer = model.layer_params(cfg)
         if set(layer) != set(LAYER) or not hasattr(cfg, "n_heads"):
-            raise InputError(f"engine numpy runs Llama-style models ({', '.join(LAYER)}), not one with {', '.join(layer)}")
+            raise InputError(
+                f"engine numpy runs Llama-style models ({', '.join(LAYER)}), not one with {', '.join(layer)}"
+            )
         self.config, self.capacity, self.position = cfg, cfg.seq_len, 0
         self.eps = model.norm_eps
-        self.w = {name: np.asarray(tensors[name], np.float32).reshape(spec.shape) for name, spec in model.specs().items()}
+        self.w = {
+            name: np.asarray(tensors[name], np.float32).reshape(spec.shape) for name, spec in model.specs().items()
+        }
         self.head_dim = self.w["layers.0.wq"].shape[0] // cfg.n_heads if cfg.n_layers else cfg.dim
         self.n_kv_heads = getattr(cfg, "n_kv_heads", cfg.n_heads)
         theta = getattr(cfg, "rope_theta", 10000.0)

@@ -1,5 +1,5 @@
-"""Telling a text with a model: the prompt in one go, then token by token. `sample` opens a checkpoint and yields events,
-`tell` goes on with an engine that exists; what an engine is, is Engine."""
+"""Telling a text with a model: the prompt in one go, then token by token. `sample` opens a checkpoint and yields
+events, `tell` goes on with an Engine that exists."""
 
 from __future__ import annotations
 
@@ -200,8 +200,8 @@ def sample(
     threads: int = 0,
     **settings: Any,
 ) -> Iterator[Event]:
-    """Continue `prompt` `num_samples` times with the model of a run directory, a step of one, or a model file (which may
-    need `tokenizer`); sample i draws with seed + i.
+    """Continue `prompt` `num_samples` times with the model of a run directory, a step of one, or a model file (which
+    may need `tokenizer`); sample i draws with seed + i.
 
     Yields Notice, Text and, after each text, Told. `settings`: fields of Sampler. Raises InputError and its kin.
     """

@@ -217,9 +217,7 @@ def _roots(op: Op) -> list[Value]:
     return roots
 
 
-def split(
-    function: Function, role: dict[str, str], limits: Capabilities = ANE, packable: bool = True
-) -> list[Stage]:
+def split(function: Function, role: dict[str, str], limits: Capabilities = ANE, packable: bool = True) -> list[Stage]:
     """Cut a Function into stages in execution order. `role` names its inputs' roles (see `roles`).
 
     A stage's inputs are inputs of the function or results of earlier stages, by name; the function's outputs keep

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from anert.saver import Saver
 
 T = TypeVar("T")
+SAMPLE_WIDTHS = (1, 32)
+"""Programs for the samples during training: prompts are short."""
 RETRY_S = 30.0
 """Seconds until a save that the disk refused is tried again."""
 
@@ -459,7 +461,9 @@ class Trainer:
 
         start = time.perf_counter()
         settings = Sampler(temperature=0.8, top_k=50, seed=self.options.seed)
-        told = tell(self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, Limits(max_tokens, seconds))
+        told = tell(
+            self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, Limits(max_tokens, seconds)
+        )
         text = "".join(event.text for event in told if isinstance(event, Text))
         return Sampled(self.step, text, (time.perf_counter() - start) * 1e3)
 
