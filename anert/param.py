@@ -190,6 +190,8 @@ class ParamStore(Mapping[str, Param]):
         if name not in tensors:
             raise InputError(f"the checkpoint has no tensor {name!r} that this model needs")
         source, spec = np.asarray(tensors[name]), self[name].spec
+        if source.dtype.kind not in "fiu" and source.dtype.name != "bfloat16":
+            raise InputError(f"tensor {name!r} is {source.dtype} in the checkpoint: expected floating-point numbers")
         if source.size != spec.size:
             raise InputError(f"tensor {name!r} is {source.shape} in the checkpoint, the model needs {spec.shape}")
         return source.reshape(spec.shape)

@@ -26,7 +26,7 @@ from anert.capabilities import CPU, Capabilities
 from anert.errors import CompileError, InputError, StateError
 from anert.ffi import Pool, call, error, load
 from anert.mil.graph import Function
-from anert.surface import Heap, Surface
+from anert.surface import Heap, Hold, Surface
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -60,7 +60,7 @@ class RunSlot:
 class CpuBinding(Binding):
     """A CpuProgram on its surfaces. One run in flight: a second raises StateError."""
 
-    __slots__ = ("_busy", "_err", "_keep", "_lib", "_slot", "args", "outputs")
+    __slots__ = ("_busy", "_err", "_hold", "_keep", "_lib", "_slot", "args", "reads", "writes")
 
     def __init__(self, program: CpuProgram, surfaces: Mapping[str, Surface]) -> None:
         native = load()
@@ -74,19 +74,23 @@ class CpuBinding(Binding):
             bases[i] = program.constants[root] if root.place == "const" else surfaces[root.name].ptr
         self.args = (program.emitted.plan, program.pool.ptr, bases, len(bases))
         self._err = error()
-        self.outputs = tuple(surfaces[p.name].handle for p in program.outputs)
-        self._keep = (program, dict(surfaces))
+        self.reads = {p.name: surfaces[p.name] for p in program.inputs}
+        self.writes = {p.name: surfaces[p.name] for p in program.outputs}
+        self._hold = Hold(self.reads, self.writes)
+        self._keep = program
 
     def run(self) -> None:
         if not self._busy.acquire(blocking=False):
             raise StateError("this Binding is already running: bind the program a second time to run it twice at once")
         try:
-            slot = self._slot
-            with slot.lock:
-                if self._lib.anert_plan_run(*self.args, slot.base, self._err):
-                    call(lambda err: err.status, err=self._err)
-            for handle in self.outputs:
-                self._lib.anert_surface_touch(handle)
+            self._hold.take()
+            try:
+                slot = self._slot
+                with slot.lock:
+                    if self._lib.anert_plan_run(*self.args, slot.base, self._err):
+                        call(lambda err: err.status, err=self._err)
+            finally:
+                self._hold.release()
         finally:
             self._busy.release()
 
@@ -102,17 +106,21 @@ class CpuChain(Chain):
         assert len(members) == len(self.bindings)
         links = native.ffi.new("anert_link[]", [(b.args[0], b.args[2], b.args[3]) for b in members])
         self._args = (links, len(links), pool.ptr)
-        self._outputs = tuple(dict.fromkeys(handle for b in members for handle in b.outputs))
+        reads, writes = ({f"{name} of {i}": s for i, b in enumerate(members) for name, s in ports(b).items()}
+                         for ports in (lambda b: b.reads, lambda b: b.writes))  # fmt: skip
+        self._hold = Hold(reads, writes)
 
     def run(self) -> None:
         if not self._busy.acquire(blocking=False):
             raise StateError("this Chain is already running: make a second one to run it twice at once")
         try:
-            with self._slot.lock:
-                if self._lib.anert_chain_run(*self._args, self._slot.base, self._err):
-                    call(lambda err: err.status, err=self._err)
-            for handle in self._outputs:
-                self._lib.anert_surface_touch(handle)
+            self._hold.take()
+            try:
+                with self._slot.lock:
+                    if self._lib.anert_chain_run(*self._args, self._slot.base, self._err):
+                        call(lambda err: err.status, err=self._err)
+            finally:
+                self._hold.release()
         finally:
             self._busy.release()
 

@@ -31,6 +31,7 @@ VERBS = {
     "sample": ("write text with a trained model", "sample"),
     "plugins": ("list plugins: those given by path, and the installed ones", "plugins"),
     "new": ("write a model plugin that trains as it stands", "new"),
+    "verify": ("prove that an interrupted run goes on bit for bit", "verify"),
     "doctor": ("look at this machine, and probe its Neural Engine", "doctor"),
     "lint": ("check MIL text, or a plugin's kernels, against the Neural Engine's published constraints", "lint"),
 }
