@@ -177,7 +177,8 @@ def test_ends():
     assert (text, end.reason, end.tokens) == ("cdef", "length", 3)
     text, end, _ = told(Counting(99, 28), "c", Limits(50, seconds=0))
     assert (text, end.reason) == ("cd", "time")
-    for stop, want in ((("fg",), "cde"), (("xx", "h", "ghi"), "cdefg"), (("zz",), alphabet[2:]), (("c",), alphabet[2:])):
+    rest = alphabet[2:]
+    for stop, want in ((("fg",), "cde"), (("xx", "h", "ghi"), "cdefg"), (("zz",), rest), (("c",), rest)):
         text, end, _ = told(Counting(99, 28), "c", Limits(50, stop=stop))
         assert text == want and end.reason == ("stop" if len(want) < 20 else "end")
     with pytest.raises(InputError, match="stop string is empty"):

@@ -106,8 +106,8 @@ class CpuChain(Chain):
         assert len(members) == len(self.bindings)
         links = native.ffi.new("anert_link[]", [(b.args[0], b.args[2], b.args[3]) for b in members])
         self._args = (links, len(links), pool.ptr)
-        reads, writes = ({f"{name} of {i}": s for i, b in enumerate(members) for name, s in ports(b).items()}
-                         for ports in (lambda b: b.reads, lambda b: b.writes))  # fmt: skip
+        reads = {f"{name} of {i}": s for i, b in enumerate(members) for name, s in b.reads.items()}
+        writes = {f"{name} of {i}": s for i, b in enumerate(members) for name, s in b.writes.items()}
         self._hold = Hold(reads, writes)
 
     def run(self) -> None:
