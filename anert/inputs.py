@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,12 +193,22 @@ def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Pa
         raise InputError(f"plugin {plugin.name!r} brings no data of its own: pass --data FILE")
     path = cache / f"{name}.txt"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         write = plugin.datasets[name]
         part = path.with_suffix(".part")
-        yield from waited(f"write {name}", "MB", lambda progress: write(part, CORPUS_MB, options.seed, progress))
-        publish(part, path)
+        with _writing(cache):
+            yield from waited(f"write {name}", "MB", lambda progress: write(part, CORPUS_MB, options.seed, progress))
+            publish(part, path)
     return path
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """Makes the directory; what the disk refuses in the block is an InputError."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"{cache}: cannot write there: {error.strerror}: choose another --out") from None
 
 
 def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Event, None, Tokenizer]:
@@ -215,10 +226,10 @@ def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Even
             return ByteBPETokenizer.train(data.documents(source), vocab_size, progress=progress)
 
         tokenizer = yield from waited("train tokenizer", "merges", learn)
-        cache.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
-        tokenizer.save(part)
-        publish(part, path)
+        with _writing(cache):
+            tokenizer.save(part)
+            publish(part, path)
     return load_tokenizer(path)
 
 
