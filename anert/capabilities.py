@@ -34,6 +34,9 @@ class Capabilities:
     both_orientations: bool = True
     """Whether a matmul weight must lie as its program reads it (ANE), or may be read transposed in place (cpu)."""
     compile_budget: int = 100
+    """Compiles of one process; the engine tires after about 119."""
+    load_budget: int = 120
+    """Programs that one process has loaded at a time; the engine takes about 128."""
     rules: Mapping[str, bool] = field(default_factory=dict)
     """Lint rules that a probe has settled on this machine: whether the limit is there."""
 
