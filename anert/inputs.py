@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from anert.errors import DoesNotFit, InputError
 from anert.events import Event, Notice
+from anert.files import publish
 
 if TYPE_CHECKING:
     from anert.checkpoint import Checkpoint
@@ -182,12 +184,22 @@ def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Pa
         raise InputError(f"plugin {plugin.name!r} brings no data of its own: pass --data FILE")
     path = cache / f"{name}.txt"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         write = plugin.datasets[name]
         part = path.with_suffix(".part")
-        yield from waited(f"write {name}", "MB", lambda progress: write(part, CORPUS_MB, options.seed, progress))
-        part.replace(path)
+        with _writing(cache):
+            yield from waited(f"write {name}", "MB", lambda progress: write(part, CORPUS_MB, options.seed, progress))
+            publish(part, path)
     return path
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """Makes the directory; what the disk refuses in the block is an InputError."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"{cache}: cannot write there: {error.strerror}: choose another --out") from None
 
 
 def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Event, None, Tokenizer]:
@@ -205,8 +217,10 @@ def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Even
             return ByteBPETokenizer.train(data.documents(source), vocab_size, progress=progress)
 
         tokenizer = yield from waited("train tokenizer", "merges", learn)
-        cache.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(path)
+        part = path.with_suffix(".part")
+        with _writing(cache):
+            tokenizer.save(part)
+            publish(part, path)
     return load_tokenizer(path)
 
 
@@ -224,6 +238,7 @@ def estimate_run(runtime: Runtime, model: Decoder, specs: Mapping[str, Spec], op
     head = 4 * cfg.vocab_size * min(positions, 256) + 8 * cfg.dim * positions
     need = n_params * (16 + copies) + activations + head
     runtime.check_memory(need, f"{n_params / 1e6:.1f} M parameters with gradients and moments, and activations,")
+    need += 12 * n_params  # the snapshot that a save writes from; where it does not fit, training waits for the save
     disk = 12 * n_params * (options.keep + 2)
     anchor = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(anchor).free
