@@ -107,7 +107,7 @@ def load(path: Path | str, before: int | None = None) -> Checkpoint:
     """
     path = Path(path)
     if path.is_file() and path.name in ("last", "best"):
-        path = path.parent / _pointed_at(path)
+        path = pointed(path)
     if path.name.startswith("step-") or (path / STATE).exists():
         if not path.is_dir():
             raise InputError(f"{path}: no such checkpoint")
@@ -129,6 +129,11 @@ def load(path: Path | str, before: int | None = None) -> Checkpoint:
         raise InputError(f"{path}: no checkpoint (step-*) in it")
     step, why = skipped[0]
     raise InputError(f"{path}: none of {len(skipped)} checkpoints is whole; the newest, {step.name}: {why}")
+
+
+def pointed(pointer: Path) -> Path:
+    """The step that a pointer file (`runs/x/best`) leads to."""
+    return pointer.parent / _pointed_at(pointer)
 
 
 def recorded_state(run_dir: Path) -> dict[str, Any]:

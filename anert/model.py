@@ -40,14 +40,14 @@ class _Weights:
 
 class Decoder:
     """A decoder-only language model: embedding, `n_layers` times `blocks`, RMSNorm, classifier (tied unless `tied` is
-    False).
+    False, here or in the config).
 
-    `config` is a frozen dataclass with at least dim, n_layers, vocab_size, seq_len; norm_eps and rope_theta where they
-    apply.
+    `config` is a frozen dataclass with at least dim, n_layers, vocab_size, seq_len; norm_eps, rope_theta (0: no
+    rotation), head_dim (0: dim / n_heads) and tied where they apply.
     """
 
     blocks: ClassVar[Sequence[Block]] = ()
-    tied: ClassVar[bool] = True
+    tied: bool = True
     final_norm: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
@@ -58,12 +58,14 @@ class Decoder:
         heads = getattr(config, "n_heads", 0)
         if heads:
             kv = getattr(config, "n_kv_heads", heads)
-            if heads < 1 or kv < 1 or config.dim % heads or heads % kv:
+            own = getattr(config, "head_dim", 0)
+            if heads < 1 or kv < 1 or own < 0 or (not own and config.dim % heads) or heads % kv:
                 raise InputError(
                     f"dim {config.dim}, n_heads {heads}, n_kv_heads {kv}: "
-                    "dim must divide by n_heads and n_heads by n_kv_heads"
+                    "dim must divide by n_heads (or head_dim be given) and n_heads by n_kv_heads"
                 )
         self.config = config
+        self.tied = bool(getattr(config, "tied", self.tied))
 
     def layer_params(self, cfg: Any) -> dict[str, Spec]:
         """Parameters of one layer by name; the same for all layers."""

@@ -104,7 +104,8 @@ def merge(x: Value) -> Value:
 
 
 def rope(x: Value, pos: Positions) -> Value:
-    """Rotary embedding over adjacent channel pairs (Su et al. 2021, llama2.c's order). x (n, hd, N) -> (n, hd, N).
+    """Rotary embedding over adjacent channel pairs (Su et al. 2021, llama2.c's order). x (n, hd, N) -> (n, hd, N);
+    x itself where theta is 0.
 
     The pair swap (a, b) -> (-b, a) is a grouped 1x1 convolution with a constant signed permutation: no slice, no
     gather.
@@ -112,6 +113,8 @@ def rope(x: Value, pos: Positions) -> Value:
     n, hd, width = x.shape
     if hd % 2:
         raise ShapeError(f"rope: head_dim {hd} is odd")
+    if not pos.theta:
+        return x
     cos, sin = pos.rotation(x.function, hd)
     swap = np.zeros((hd, hd))
     even = np.arange(0, hd, 2)

@@ -163,7 +163,7 @@ class Trainer:
         self.rt = Runtime(o.backend, o.precision, o.layout, o.threads, o.compile_budget)
         yield Notice("info", self.rt.note)
         self.out = run_dir(self.plugin.name, self.preset.name, o)
-        weights = yield from open_weights(self.plugin, self.config, o, self.out)
+        weights = yield from open_weights(self.plugin, self.preset, self.config, o, self.out)
         self.config = weights.config
         self.data = yield from open_data(self.plugin, self.preset, self.config, o, self.out, weights)
         self.config = self.data.config
