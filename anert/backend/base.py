@@ -112,11 +112,7 @@ class Backend(abc.ABC):
         program = self._cache.get(digest)
         if program is not None:
             return program
-        if self.compiles >= self.budget:
-            raise CompileError(
-                f"the compile budget of {self.budget} programs is spent on backend {self.name!r}: "
-                "weights are inputs, so a run needs each kernel once; raise the budget with --compile-budget"
-            )
+        self.check_budget()
         start = time.perf_counter()
         program = self._compile(text, blobs or {})
         self.compiles += 1
@@ -124,6 +120,18 @@ class Backend(abc.ABC):
         self.compile_ms += program.stats.compile_ms
         self._cache[digest] = program
         return program
+
+    def spent(self) -> int:
+        """Compiles that count against the budget."""
+        return self.compiles
+
+    def check_budget(self) -> None:
+        """Raise CompileError if the next compile would pass the budget."""
+        if self.spent() >= self.budget:
+            raise CompileError(
+                f"the compile budget of {self.budget} programs is spent on backend {self.name!r}: "
+                "weights are inputs, so a run needs each kernel once; raise the budget with --compile-budget"
+            )
 
     @abc.abstractmethod
     def _compile(self, text: str, blobs: Mapping[str, bytes]) -> Program: ...
