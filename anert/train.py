@@ -400,7 +400,7 @@ class Trainer:
         step_ms = (now - start) * 1e3
         self.step_ms.append(step_ms)
         tokens_done = o.batch * o.grad_accum * self.config.seq_len
-        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "sync": 0.0, "dashboard": self.ui_ms}
+        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "dashboard": self.ui_ms}
         elapsed = now - self._begin
         return StepDone(
             step=self.step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=bool(why),
@@ -480,7 +480,7 @@ class Trainer:
                 yield Notice("warning", f"the last {self.health.bad} steps were not usable, so not saved ({self.why}). "
                                         f"{self._kept()}")  # fmt: skip
             if reason != "interrupted" and self.options.sample_every:
-                yield self._sample(seconds=5.0)
+                yield self._sample(500, seconds=5.0)  # a whole story
         yield RunDone(reason, self.summary())
         self.rt.close()
 
