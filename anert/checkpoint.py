@@ -246,12 +246,12 @@ def _read_state(path: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
 
 def _verify(path: Path, name: str, entry: Any) -> None:
     file = path / name
-    if Path(name).name != name or not isinstance(entry, dict):
+    if Path(name).name != name or not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
         raise InputError(f"{path}: {STATE} is damaged")
     try:
         size = file.stat().st_size
         if size != entry.get("size"):
-            raise InputError(f"{path}: {name} has {size:,} bytes, {STATE} says {entry.get('size'):,}: truncated")
+            raise InputError(f"{path}: {name} has {size:,} bytes, {STATE} says {entry['size']:,}: truncated")
         if _sha256(file) != entry.get("sha256"):
             raise InputError(f"{path}: {name} differs from its sha256 in {STATE}: damaged on disk")
     except OSError as e:
