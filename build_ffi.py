@@ -44,8 +44,10 @@ NO_COMPILER = (
 
 
 def cdef(header: Path = NATIVE / "anert.h") -> str:
-    """The declarations of a header as cffi reads them: no comments, no preprocessor lines."""
+    """The declarations of a header and of those beside it that it includes, as cffi reads them: no comments, no
+    preprocessor lines."""
     text = re.sub(r"/\*.*?\*/", "", header.read_text(), flags=re.DOTALL)
+    text = re.sub(r'^#include "(.+)"$', lambda found: cdef(header.parent / found[1]), text, flags=re.MULTILINE)
     return "\n".join(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
 
 

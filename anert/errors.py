@@ -59,6 +59,10 @@ class NativeError(AnertError):
     """The native core failed (out of memory, a system call); carries its own sentence."""
 
 
+class EngineError(AnertError):
+    """The Neural Engine answered NO to a call; carries the framework's own text."""
+
+
 class NonFiniteError(AnertError):
     """A tensor holds NaN or inf where training cannot go on; names the block and the op."""
 

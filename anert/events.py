@@ -113,10 +113,13 @@ class Sampled(Event):
 
 @dataclass(frozen=True, slots=True)
 class Saved(Event):
+    """A checkpoint is whole on disk. `ms`: how long it took; `stall_ms`: how long training waited for it."""
+
     step: int
     path: str
     best: bool
     ms: float
+    stall_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The door to C: loads anert._native on first use, and `call` turns a status into an exception.
 
 Which build is loaded: the installed one, or the shared object that the environment variable ANERT_NATIVE names (a
-sanitizer or cross build). Importing this module loads nothing.
+sanitizer or cross build); ANERT_ANE does the same for anert._ane. Importing this module loads nothing.
 
     from anert import ffi
     pool = ffi.Pool()
@@ -11,47 +11,81 @@ sanitizer or cross build). Importing this module loads nothing.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from anert.errors import AnertError, BackendUnavailable, InputError, NativeError, StateError, UnsupportedError
+from anert.errors import (
+    AnertError,
+    BackendUnavailable,
+    EngineError,
+    InputError,
+    NativeError,
+    StateError,
+    UnsupportedError,
+)
 
-# anert.h: status -> class. ENOMEM and ESYSTEM are the machine's; anything unknown is too.
-_ERRORS: dict[int, type[AnertError]] = {-1: InputError, -3: StateError, -4: UnsupportedError}
+# status.h: status -> class. ENOMEM and ESYSTEM are the machine's; anything unknown is too.
+_ERRORS: dict[int, type[AnertError]] = {
+    -1: InputError,
+    -3: StateError,
+    -4: UnsupportedError,
+    -6: EngineError,
+    -7: BackendUnavailable,
+}
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
 """Names of the instruction sets; the index is anert.h's number."""
 
 
+def _module(name: str, variable: str, absent: str) -> ModuleType:
+    """The installed extension `name`, or the shared object that the environment variable names.
+
+    Raises BackendUnavailable, saying what `absent` says, if it is not there or does not load.
+    """
+    path = os.environ.get(variable, "")
+    try:
+        from importlib.machinery import ExtensionFileLoader, PathFinder
+        from importlib.util import module_from_spec, spec_from_file_location
+
+        if path:
+            spec = spec_from_file_location(name, path, loader=ExtensionFileLoader(name, path))
+        else:  # beside this file only: an editable install's finder would offer another checkout's
+            spec = PathFinder.find_spec(name, [str(Path(__file__).parent)])
+        if spec is None or spec.loader is None:
+            raise ImportError(f"no extension module in {path or Path(__file__).parent}")
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules[name] = module
+        return module
+    except ImportError as error:
+        where = f"{path} ({variable})" if path else name
+        raise BackendUnavailable(absent.format(where=where, error=error)) from None
+
+
 @functools.cache
 def load() -> ModuleType:
-    """The extension module, loaded once; ANERT_NATIVE is read at that moment.
+    """The extension module anert._native, loaded once; ANERT_NATIVE is read at that moment.
 
     Raises BackendUnavailable if it is not there or does not load.
     """
-    path = os.environ.get("ANERT_NATIVE", "")
-    try:
-        if not path:
-            return importlib.import_module("anert._native")
-        from importlib.machinery import ExtensionFileLoader
-        from importlib.util import module_from_spec, spec_from_file_location
+    absent = "the native core {where} does not load ({error}): build it with `python build_ffi.py` in a checkout, "
+    return _module("anert._native", "ANERT_NATIVE", absent + "or `pip install .`")
 
-        spec = spec_from_file_location("anert._native", path, loader=ExtensionFileLoader("anert._native", path))
-        if spec is None or spec.loader is None:
-            raise ImportError(f"{path} is no extension module")
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    except ImportError as error:
-        where = f"{path} (ANERT_NATIVE)" if path else "anert._native"
-        raise BackendUnavailable(
-            f"the native core {where} does not load ({error}): build it with `python build_ffi.py` "
-            "in a checkout, or `pip install .`"
-        ) from None
+
+@functools.cache
+def load_ane() -> ModuleType:
+    """The shim to Apple's Neural Engine, anert._ane, loaded once; ANERT_ANE is read at that moment. No framework is
+    opened.
+
+    Its `ffi` is its own: pass `err=error(load_ane())` to `call`. Raises BackendUnavailable if it is not there or does
+    not load.
+    """
+    absent = "the Neural Engine's shim {where} does not load ({error}): it is part of anert on macOS alone; use "
+    return _module("anert._ane", "ANERT_ANE", absent + "--backend cpu here, or build it with `python build_ffi.py`")
 
 
 def __getattr__(name: str) -> Any:
@@ -61,15 +95,19 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def error() -> Any:
-    """A new `anert_error *` for callers that call often: pass it to `call` as `err`, one per thread."""
-    return load().ffi.new("anert_error *")
+def error(module: ModuleType | None = None) -> Any:
+    """A new `anert_error *` for callers that call often: pass it to `call` as `err`, one per thread.
+
+    module: whose functions it is for, `load()` unless given.
+    """
+    return (module or load()).ffi.new("anert_error *")
 
 
 def call(function: Callable[..., int], *args: Any, err: Any = None) -> None:
     """Call a fallible C function with `args` and an anert_error, and raise what its status means.
 
-    Raises InputError (EINVAL), StateError (ESTATE), UnsupportedError (EUNSUPPORTED) or NativeError (ENOMEM, ESYSTEM).
+    Raises InputError (EINVAL), StateError (ESTATE), UnsupportedError (EUNSUPPORTED), EngineError (EREFUSED),
+    BackendUnavailable (EUNAVAILABLE) or NativeError (ENOMEM, ESYSTEM).
     The GIL is released meanwhile.
     """
     if err is None:

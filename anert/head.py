@@ -100,6 +100,7 @@ class Head:
         a.x, a.x_stride = x.pointer, x.slot.row_stride
         columns = np.ascontiguousarray(columns, np.int32)
         out = np.empty((columns.size, self.vocab), np.float32)
-        call(ffi.lib.anert_head_logits, self.pool.ptr, a, ffi.ffi.cast("int32_t *", columns.ctypes.data), columns.size,
-             ffi.ffi.cast("float *", out.ctypes.data))  # fmt: skip
+        with x.surface.access(read_only=True):
+            call(ffi.lib.anert_head_logits, self.pool.ptr, a, ffi.ffi.cast("int32_t *", columns.ctypes.data),
+                 columns.size, ffi.ffi.cast("float *", out.ctypes.data))  # fmt: skip
         return out

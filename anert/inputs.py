@@ -14,6 +14,7 @@ import numpy as np
 
 from anert.errors import DoesNotFit, InputError
 from anert.events import Event, Notice
+from anert.files import publish
 
 if TYPE_CHECKING:
     from anert.checkpoint import Checkpoint
@@ -186,7 +187,7 @@ def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Pa
         write = plugin.datasets[name]
         part = path.with_suffix(".part")
         yield from waited(f"write {name}", "MB", lambda progress: write(part, CORPUS_MB, options.seed, progress))
-        part.replace(path)
+        publish(part, path)
     return path
 
 
@@ -206,7 +207,9 @@ def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Even
 
         tokenizer = yield from waited("train tokenizer", "merges", learn)
         cache.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(path)
+        part = path.with_suffix(".part")
+        tokenizer.save(part)
+        publish(part, path)
     return load_tokenizer(path)
 
 
@@ -224,6 +227,7 @@ def estimate_run(runtime: Runtime, model: Decoder, specs: Mapping[str, Spec], op
     head = 4 * cfg.vocab_size * min(positions, 256) + 8 * cfg.dim * positions
     need = n_params * (16 + copies) + activations + head
     runtime.check_memory(need, f"{n_params / 1e6:.1f} M parameters with gradients and moments, and activations,")
+    need += 12 * n_params  # the snapshot that a save writes from; where it does not fit, training waits for the save
     disk = 12 * n_params * (options.keep + 2)
     anchor = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(anchor).free

@@ -1,29 +1,28 @@
 """Network: a model compiled once and bound to surfaces: forward, backward, gradient recipes, head.
 
 All layers share a block's Programs and differ in their Bindings. Activations that the backward needs stay in per-layer
-surfaces; cotangents live in scratch that the layers share.
+surfaces; cotangents live in scratch that the layers share: in two sets, where recipes read the one while the engine
+writes the other. Everything that a step does is a Task of one Schedule.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from anert import ffi
-from anert.backend.base import Binding, Program
+from anert.backend.base import Program
+from anert.blocks import BlockKernels, build_blocks
 from anert.ffi import call
 from anert.head import Head
-from anert.kernel import Kernel, Slot, build, round_up
-from anert.mil.grad import Gradient, differentiate
-from anert.mil.graph import Function
+from anert.kernel import Kernel, Slot, round_up
 from anert.model import Decoder
 from anert.param import ParamStore
 from anert.runtime import Runtime
-from anert.stages import Stage, roles, split
+from anert.schedule import ENGINE, HOST, Schedule, Task
 from anert.surface import Surface
 
 
@@ -55,28 +54,14 @@ class Location:
 
 
 @dataclass(slots=True)
-class _Block:
-    """A block's programs: one of a kind, shared by the layers."""
+class _Step:
+    """What the tasks of a running schedule are given and give back."""
 
-    name: str
-    source: Function
-    params: list[str]
-    gradient: Gradient | None
-    forward: list[tuple[Kernel, Program]] = field(default_factory=list)
-    backward: list[tuple[Kernel, Program]] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class _Run:
-    """One stage of one layer: copies into its packed inputs, then the binding."""
-
-    binding: Binding
-    copies: list[tuple[np.ndarray, np.ndarray]]
-
-    def __call__(self) -> None:
-        for target, source in self.copies:
-            np.copyto(target, source)
-        self.binding.run()
+    tokens: np.ndarray
+    targets: np.ndarray
+    scale: float = 1.0
+    loss: float = 0.0
+    count: int = 0
 
 
 class Network:
@@ -91,59 +76,41 @@ class Network:
         self.seq_len, self.batch, self.n, self.train = seq_len, batch, seq_len * batch, train
         self.layers = model.config.n_layers if model.blocks else 0
         self.ms: dict[str, float] = {}
-        self._blocks = [self._build(block) for block in model.blocks]
+        self._blocks = build_blocks(model, seq_len, batch, train, runtime.layout, runtime.backend.capabilities)
+        self._programs: dict[str, Program] = {}
         runtime.check_memory(self.nbytes(), "activations")
         self._compile(on_compile)
         self._allocate()
 
     # ---- kernels
 
-    def _build(self, block: Any) -> _Block:
-        fn = self.model.trace(block, self.seq_len, self.batch)
-        params = [v.name for v in fn.inputs if v.name != "x"]
-        gradient = differentiate(fn, ["x"], params) if self.train else None
-        result = _Block(fn.name, fn, params, gradient)
-        result.forward = self._kernels(gradient.forward if gradient else fn, params, f"{fn.name}_forward")
-        if gradient:
-            result.backward = self._kernels(gradient.backward, params, f"{fn.name}_backward")
-        return result
-
-    def _kernels(self, fn: Function, params: list[str], name: str) -> list[tuple[Kernel, Any]]:
-        role = roles(fn, params)
-        stages: list[Stage] = split(fn, role)
-        caps, layout = self.runtime.backend.capabilities, self.runtime.layout
-        return [(build(stage, role, layout, caps, f"{name}_{i}"), None) for i, stage in enumerate(stages)]
-
     def _compile(self, on_compile: Callable[[int, int], None] | None) -> None:
-        total = sum(len(b.forward) + len(b.backward) for b in self._blocks)
-        done = 0
-        for b in self._blocks:
-            for part in (b.forward, b.backward):
-                for i, (kernel, _) in enumerate(part):
-                    part[i] = (kernel, self.runtime.backend.compile(kernel.text, kernel.blobs))
-                    done += 1
-                    if on_compile:
-                        on_compile(done, total)
+        kernels = [kernel for b in self._blocks for kernel in b.kernels]
+        for done, kernel in enumerate(kernels, 1):
+            self._programs[kernel.text] = self.runtime.backend.compile(kernel.text, kernel.blobs)
+            if on_compile:
+                on_compile(done, len(kernels))
 
     @property
     def kernels(self) -> int:
         """Distinct programs of this network."""
-        return len({k.text for b in self._blocks for k, _ in (*b.forward, *b.backward)})
+        return len(self._programs)
 
     def nbytes(self) -> int:
         """Bytes of all surfaces that binding will allocate, weights apart."""
         total = (self.layers + 2) * 2 * self.model.config.dim * self.n
         for b in self._blocks:
-            for kernel, _ in b.forward:
+            for kernel in b.forward:
                 total += sum(kernel.sizes[p] for p in {s.port for s in kernel.outputs.values()}) * (
                     self.layers if self.train else 2
                 )
-            for kernel, _ in (*b.forward, *b.backward):
+            for kernel in b.kernels:
                 for port in {s.port for s in kernel.inputs.values()}:
                     names = [n for n, s in kernel.inputs.items() if s.port == port]
                     if len(names) > 1:
                         total += kernel.sizes[port] * (self.layers if any(n in b.params for n in names) else 1)
-            total += sum(kernel.sizes[s.port] for kernel, _ in b.backward for s in kernel.outputs.values())
+            cots = sum(kernel.sizes[s.port] for kernel in b.backward for s in kernel.outputs.values())
+            total += cots * self._sets()
         return total
 
     # ---- surfaces and bindings
@@ -158,56 +125,80 @@ class Network:
         return Location(self._surface(2 * dim * width), Slot(name, dim, self.n, 0, width, 1))
 
     def _allocate(self) -> None:
-        store = self.store
+        store, heap = self.store, self.runtime.heap
         for name in ("tok_embeddings", "output"):
-            if name in store:
+            if name in store:  # the head's alone: no engine reads it
                 p = store[name]
-                store.copy_of(name, Slot(name, p.rows, p.cols, 0, p.cols, 1), p.spec.size * 2, self._surface)
+                slot = Slot(name, p.rows, p.cols, 0, p.cols, 1)
+                store.copy_of(name, slot, p.spec.size * 2, lambda nbytes: Surface(heap, nbytes))
         embedding = store["tok_embeddings"]
         self.head = Head(
-            self.runtime.heap, self.runtime.pool, embedding, store.get("output", embedding), store.get("norm"),
+            heap, self.runtime.pool, embedding, store.get("output", embedding), store.get("norm"),
             self.model.norm_eps, self.n, self.runtime.precision,
         )  # fmt: skip
-        self._scratch: dict[tuple[Any, ...], Surface] = {}
-        self.x = [self._dense("x")]
-        self._forward: list[list[_Run]] = []
-        envs: list[dict[str, Location]] = []
-        for i in range(self.layers * len(self._blocks)):
-            layer, j = divmod(i, len(self._blocks))
-            block, env = self._blocks[j], {"x": self.x[-1]}
-            keep: tuple[Any, ...] | None = (
-                None if self.train else ("forward", j, layer % 2 if len(self._blocks) == 1 else 0)
-            )
-            self._forward.append([self._bind(k, p, env, block, layer, keep, j) for k, p in block.forward])
-            self.x.append(env["y"])
-            envs.append(env)
-        self._backward: list[list[_Run]] = []
-        self._recipes: list[list[Callable[[float], None]]] = []
+        self._step = _Step(np.zeros(0, np.int32), np.zeros(0, np.int32))
         self._fresh: set[str] = set()
         self._gemm_params: set[str] = set()
         self.flops_recipes = 0
+        self._scratch: dict[tuple[Any, ...], Surface] = {}
+        self.x = [self._dense("x")]
         self.dx = self._dense("dx")
+        envs, forward = self._forward_tasks()
+        self._forward = self._schedule(forward)
+        self._loss = self._schedule([*forward, self._head_task(self._run_loss)])
         if self.train:
-            self._allocate_backward(envs)
+            backward = self._backward_tasks(envs)
+            self._training = self._schedule([*forward, self._head_task(self._run_loss_backward, train=True), *backward])
         self._plain = [p for name, p in store.items() if self.train and name not in self._gemm_params]
 
-    def _allocate_backward(self, envs: list[dict[str, Location]]) -> None:
+    def _schedule(self, tasks: list[Task]) -> Schedule:
+        return Schedule(tasks, self.runtime.engine)
+
+    def _sets(self) -> int:
+        """Sets of scratch that layers take turns at: two where a block feeds itself, or recipes lag behind."""
+        return 2 if len(self._blocks) == 1 or self.runtime.engine else 1
+
+    def _forward_tasks(self) -> tuple[list[dict[str, Location]], list[Task]]:
+        """Embedding and blocks; and for each of these what it reads and makes, by name."""
+        tasks = [Task("head", HOST, self._run_embed, (), (self.x[0].surface,))]
+        envs: list[dict[str, Location]] = []
+        turns = 2 if len(self._blocks) == 1 else 1
+        for i in range(self.layers * len(self._blocks)):
+            layer, j = divmod(i, len(self._blocks))
+            block, env = self._blocks[j], {"x": self.x[-1]}
+            keep: tuple[Any, ...] | None = None if self.train else ("forward", j, layer % turns)
+            for k in block.forward:
+                tasks += self._bind("forward", k, env, block, layer, keep)
+            self.x.append(env["y"])
+            envs.append(env)
+        return envs, tasks
+
+    def _backward_tasks(self, envs: list[dict[str, Location]]) -> list[Task]:
+        tasks: list[Task] = []
         dout = self.dx
         for i in reversed(range(len(envs))):
             layer, j = divmod(i, len(self._blocks))
             block, env = self._blocks[j], {**envs[i], "cot_y": dout}
-            key = ("backward", j, layer % 2 if len(self._blocks) == 1 else 0)
-            self._backward.append([self._bind(k, p, env, block, layer, key, j) for k, p in block.backward])
-            self._recipes.append(self._bind_recipes(block, layer, env))
+            key = ("backward", j, layer % self._sets())
+            for k in block.backward:
+                tasks += self._bind("backward", k, env, block, layer, key)
+            tasks += self._bind_recipes(block, layer, env)
             dout = env["cot_x"]
         self.dx0 = dout
+        return [*tasks, Task("head", HOST, self._run_embed_backward, (dout.surface,), (self.head.embedding,))]
 
-    def _bind(self, kernel: Kernel, program: Program, env: dict[str, Location], block: _Block, layer: int,
-              shared: tuple[Any, ...] | None, j: int) -> _Run:  # fmt: skip
-        """Surfaces on all ports of a stage. `env` names what exists; results join it, in scratch under `shared` or of
-        their own."""
+    def _head_task(self, run: Callable[[], None], train: bool = False) -> Task:
+        writes: tuple[Any, ...] = (self.head,)
+        if train:
+            writes = (self.head, self.dx.surface, self.head.output, self.head.norm)
+        return Task("head", HOST, run, (self.x[-1].surface,), writes)
+
+    def _bind(self, kind: str, kernel: Kernel, env: dict[str, Location], block: BlockKernels, layer: int,
+              shared: tuple[Any, ...] | None) -> list[Task]:  # fmt: skip
+        """Surfaces on all ports of a stage: its Task, behind one that copies what must lie elsewhere. `env` names what
+        exists; results join it, in scratch under `shared` or of their own."""
         surfaces: dict[str, Surface] = {}
-        copies: list[tuple[np.ndarray, np.ndarray]] = []
+        copies: list[tuple[Location, Location]] = []
         for port in dict.fromkeys(s.port for s in kernel.inputs.values()):
             entries = [(n, s) for n, s in kernel.inputs.items() if s.port == port]
             size = kernel.sizes[port]
@@ -224,7 +215,7 @@ class Network:
                 if name in block.params:
                     self.store[f"layers.{layer}.{name}"].place(surfaces[port], slot)
                 else:
-                    copies.append((Location(surfaces[port], slot).array(), env[name].array()))
+                    copies.append((Location(surfaces[port], slot), env[name]))
         for name, slot in kernel.outputs.items():
             if slot.port not in surfaces:
                 size = kernel.sizes[slot.port]
@@ -232,7 +223,25 @@ class Network:
                     self._surface(size) if shared is None else self._shared((*shared, kernel.name, slot.port), size)
                 )
             env[name] = Location(surfaces[slot.port], slot)
-        return _Run(program.bind(surfaces), copies)
+        read = tuple(surfaces[p] for p in dict.fromkeys(s.port for s in kernel.inputs.values()))
+        written = tuple(surfaces[p] for p in dict.fromkeys(s.port for s in kernel.outputs.values()))
+        run = self._programs[kernel.text].bind(surfaces).run
+        return [*self._copy_tasks(copies), Task(kind, ENGINE, run, read, written, evaluates=True)]
+
+    @staticmethod
+    def _copy_tasks(copies: list[tuple[Location, Location]]) -> list[Task]:
+        if not copies:
+            return []
+        arrays = [(target.array(), source.array()) for target, source in copies]
+        targets = tuple(dict.fromkeys(target.surface for target, _ in copies))
+
+        def run() -> None:
+            for target, source in arrays:
+                np.copyto(target, source)
+            for surface in targets:
+                surface.touch()
+
+        return [Task("copy", ENGINE, run, tuple(dict.fromkeys(source.surface for _, source in copies)), targets)]
 
     def _shared(self, key: tuple[Any, ...], nbytes: int) -> Surface:
         if key not in self._scratch:
@@ -241,9 +250,9 @@ class Network:
 
     # ---- gradient recipes
 
-    def _bind_recipes(self, block: _Block, layer: int, env: dict[str, Location]) -> list[Callable[[float], None]]:
+    def _bind_recipes(self, block: BlockKernels, layer: int, env: dict[str, Location]) -> list[Task]:
         assert block.gradient is not None
-        runs: list[Callable[[float], None]] = []
+        tasks: list[Task] = []
         kinds: dict[str, set[str]] = {}
         for r in block.gradient.recipes:
             kinds.setdefault(r.param, set()).add(r.kind)
@@ -258,106 +267,102 @@ class Network:
                 if kinds[r.param] == {"gemm"}:
                     self._gemm_params.add(name)
                 left, right = (tap, cot) if r.swap else (cot, tap)
-                runs.append(self._gemm_recipe(name, left, right, dw, p.rows, p.cols))
+                run = self._gemm_recipe(name, left, right, dw, p.rows, p.cols)
             elif r.kind == "rowsum":
-                runs.append(self._rowsum_recipe(tap, cot, dw))
+                run = self._rowsum_recipe(tap, cot, dw)
             else:
-                runs.append(self._add_recipe(cot, dw))
-        return runs
+                run = self._add_recipe(cot, dw)
+            reads = (cot.surface,) if tap is None else (cot.surface, tap.surface)
+            tasks.append(Task("weight_grads", HOST, run, reads, (p,)))
+        return tasks
 
-    def _gemm_recipe(
-        self, name: str, left: Location, right: Location, dw: Any, rows: int, cols: int
-    ) -> Callable[[float], None]:
-        """dw (rows, cols) += alpha left (rows, n) right (cols, n)^T."""
+    def _gemm_recipe(self, name: str, left: Location, right: Location, dw: Any, rows: int,
+                     cols: int) -> Callable[[], None]:  # fmt: skip
+        """dw (rows, cols) += left (rows, n) right (cols, n)^T / loss scale."""
         a, b = left.matrix(), right.matrix(transposed=True)
         c = ffi.ffi.new("anert_matrix *", (dw, ffi.lib.ANERT_F32, cols, 1, 0))[0]
         n, pool, gemm = left.slot.cols, self.runtime.pool.ptr, ffi.lib.anert_gemm
         precision = ffi.lib.ANERT_BF16 if self.runtime.precision == "bf16" else ffi.lib.ANERT_F32
-        error = ffi.error()
+        step, fresh, error = self._step, self._fresh, ffi.error()
         self.flops_recipes += 2 * rows * cols * n
 
-        def run(alpha: float) -> None:
+        def run() -> None:
             beta = 1.0
-            if name in self._fresh:
-                self._fresh.discard(name)
+            if name in fresh:
+                fresh.discard(name)
                 beta = 0.0
-            call(gemm, pool, precision, 1, rows, cols, n, alpha, a, b, beta, c, err=error)
+            call(gemm, pool, precision, 1, rows, cols, n, 1.0 / step.scale, a, b, beta, c, err=error)
 
         return run
 
-    def _rowsum_recipe(self, tap: Location | None, cot: Location, dw: Any) -> Callable[[float], None]:
-        pool, rowsum, error = self.runtime.pool.ptr, ffi.lib.anert_rowsum, ffi.error()
+    def _rowsum_recipe(self, tap: Location | None, cot: Location, dw: Any) -> Callable[[], None]:
+        pool, rowsum, step, error = self.runtime.pool.ptr, ffi.lib.anert_rowsum, self._step, ffi.error()
         args = (tap.pointer, tap.slot.row_stride) if tap is not None else (ffi.ffi.NULL, 0)
         s = cot.slot
 
-        def run(alpha: float) -> None:
-            call(rowsum, pool, alpha, *args, cot.pointer, s.row_stride, s.rows, s.cols, dw, err=error)
+        def run() -> None:
+            call(rowsum, pool, 1.0 / step.scale, *args, cot.pointer, s.row_stride, s.rows, s.cols, dw, err=error)
 
         return run
 
-    def _add_recipe(self, cot: Location, dw: Any) -> Callable[[float], None]:
-        pool, accumulate, error, s = self.runtime.pool.ptr, ffi.lib.anert_accumulate, ffi.error(), cot.slot
+    def _add_recipe(self, cot: Location, dw: Any) -> Callable[[], None]:
+        pool, accumulate, step, error = self.runtime.pool.ptr, ffi.lib.anert_accumulate, self._step, ffi.error()
+        s = cot.slot
 
-        def run(alpha: float) -> None:
-            call(accumulate, pool, alpha, cot.pointer, s.row_stride, s.col_stride, s.rows, s.cols, dw, err=error)
+        def run() -> None:
+            call(accumulate, pool, 1.0 / step.scale, cot.pointer, s.row_stride, s.col_stride, s.rows, s.cols, dw,
+                 err=error)  # fmt: skip
 
         return run
 
     # ---- running
 
-    def _timed(self, key: str, start: float) -> float:
-        now = time.perf_counter()
-        self.ms[key] = self.ms.get(key, 0.0) + (now - start) * 1e3
-        return now
+    def _run_embed(self) -> None:
+        self.head.embed(self._step.tokens, self.x[0])
+
+    def _run_loss(self) -> None:
+        step = self._step
+        step.loss, step.count = self.head.loss(self.x[-1], step.targets)
+
+    def _run_loss_backward(self) -> None:
+        step = self._step
+        step.loss, step.count = self.head.loss_backward(self.x[-1], step.targets, self.dx, step.scale)
+
+    def _run_embed_backward(self) -> None:
+        self.head.embed_backward(self._step.tokens, self.dx0, 1.0 / self._step.scale)
 
     def zero_grad(self) -> None:
         """Begin an accumulation window: gradients that one GEMM overwrites first are not cleared, all others are."""
-        self._fresh = set(self._gemm_params)
+        self._fresh.update(self._gemm_params)
         for p in self._plain:
             assert p.grad is not None
             p.grad.fill(0.0)
 
     def forward(self, tokens: np.ndarray) -> Location:
         """Run the blocks on int32 token ids (n,); returns where the last hidden state (dim, n) lies."""
-        start = time.perf_counter()
-        self.head.embed(tokens, self.x[0])
-        start = self._timed("head", start)
-        for runs in self._forward:
-            for run in runs:
-                run()
-        self._timed("forward", start)
+        self._step.tokens = tokens
+        self._forward.run(self.ms)
         return self.x[-1]
 
     def loss(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         """Mean cross-entropy (nats) of int32 targets (n,), -1 ignored, and how many counted."""
-        x = self.forward(tokens)
-        start = time.perf_counter()
-        result = self.head.loss(x, targets)
-        self._timed("head", start)
-        return result
+        step = self._step
+        step.tokens, step.targets = tokens, targets
+        self._loss.run(self.ms)
+        return step.loss, step.count
 
     def loss_backward(self, tokens: np.ndarray, targets: np.ndarray, scale: float) -> float:
         """The loss; gradients (unscaled, fp32) are added to every Param. `scale` is the loss scale of the fp16
         cotangents."""
-        x = self.forward(tokens)
-        start = time.perf_counter()
-        loss, _ = self.head.loss_backward(x, targets, self.dx, scale)
-        start = self._timed("head", start)
-        for runs, recipes in zip(self._backward, self._recipes, strict=True):
-            for run in runs:
-                run()
-            start = self._timed("backward", start)
-            for recipe in recipes:
-                recipe(1.0 / scale)
-            start = self._timed("weight_grads", start)
-        self.head.embed_backward(tokens, self.dx0 if self.layers else self.dx, 1.0 / scale)
-        self._timed("head", start)
-        return loss
+        step = self._step
+        step.tokens, step.targets, step.scale = tokens, targets, scale
+        self._training.run(self.ms)
+        return step.loss
 
     @property
     def flops(self) -> int:
         """Executed by one forward (and backward, recipes and head in training)."""
-        programs = [p for b in self._blocks for _, p in (*b.forward, *b.backward)]
+        programs = [self._programs[k.text] for b in self._blocks for k in b.kernels]
         blocks = sum(p.stats.flops_executed for p in programs) * self.layers
         head = self.head.flops if self.train else self.head.flops // 3
         return blocks + self.flops_recipes + head
@@ -367,7 +372,9 @@ class Network:
         out, finite = ffi.ffi.new("float *"), ffi.ffi.new("int32_t *")
         largest, first = 0.0, -1
         for i, x in enumerate(self.x):
-            call(ffi.lib.anert_f16_amax, self.runtime.pool.ptr, x.pointer, x.slot.rows * x.slot.row_stride, out, finite)
+            n = x.slot.rows * x.slot.row_stride
+            with x.surface.access(read_only=True):
+                call(ffi.lib.anert_f16_amax, self.runtime.pool.ptr, x.pointer, n, out, finite)
             if not finite[0] and first < 0:
                 first = i
             largest = max(largest, out[0])
@@ -384,7 +391,8 @@ class Network:
             return "the embedding"
         layer, j = divmod(first - 1, len(self._blocks))
         block = self._blocks[j]
-        inputs = {"x": self.x[first - 1].array()}
+        with self.x[first - 1].surface.access(read_only=True):
+            inputs = {"x": self.x[first - 1].array().copy()}
         inputs |= {n: self.store[f"layers.{layer}.{n}"].master.astype(np.float16) for n in block.params}
         found = first_nonfinite(block.source, inputs)
         op = f"op {found[1]} ({found[2]})" if found else "its fp16 output port"

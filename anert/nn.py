@@ -35,11 +35,22 @@ class Positions:
 
     def rotation(self, fn: Function, head_dim: int) -> tuple[Value, Value]:
         """cos and sin, each (head_dim, N): channels 2i and 2i+1 turn by position * theta^(-2i/head_dim) (Su et al.
-        2021)."""
+        2021). Each is a sum of two fp16 constants: rounded to one, they alone put logits off by 2e-3 of the largest
+        where the interior is fp32."""
         frequency = self.theta ** (-np.arange(0, head_dim, 2) / head_dim)
         angle = np.repeat(np.outer(frequency, np.arange(self.seq_len)), 2, axis=0)
         angle = np.tile(angle, (1, self.batch))  # (hd, N)
-        return self._const(fn, "cos", head_dim, np.cos(angle)), self._const(fn, "sin", head_dim, np.sin(angle))
+        return self._sum(fn, "cos", head_dim, np.cos(angle)), self._sum(fn, "sin", head_dim, np.sin(angle))
+
+    def _sum(self, fn: Function, kind: str, size: int, make: np.ndarray) -> Value:
+        """`make` to 2^-24: what fp16 holds of it, plus what fp16 holds of the rest."""
+        key = (id(fn), kind, size)
+        value = self._consts.get(key)
+        if value is None or value.function is not fn:
+            high = make.astype(np.float16)
+            low = fn.const(make - high, "fp16", f"{kind}_low")
+            value = self._consts[key] = ops.add(fn.const(high, "fp16", f"{kind}_high"), low, name=kind)
+        return value
 
     def mask(self, fn: Function) -> Value:
         """(T, T) additive: 0 where key <= query, MASKED above the diagonal."""

@@ -63,8 +63,8 @@ class Optimizer:
         total = 0
         for p in self.store.values():
             a.weight_decay = self.weight_decay if p.spec.decay else 0.0
-            self.update(p)
-            p.touched()
+            with p.writing():
+                self.update(p)
             total += self._clamped[0]
         return total
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from anert import ffi
 from anert.errors import InputError, ShapeError
 from anert.ffi import Pool, call
 from anert.kernel import Slot
-from anert.surface import Heap, Surface
+from anert.surface import Heap, Surface, locked
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Param:
         self.m: np.ndarray | None = None
         self.v: np.ndarray | None = None
         self.placements: list[tuple[Surface, Slot]] = []
+        self._shared: list[Surface] = []
         self._native: Any = None
 
     def place(self, surface: Surface, slot: Slot) -> None:
@@ -77,6 +79,8 @@ class Param:
                 f"{self.name}: slot of {slot.port} ends at byte {last * 2}, the surface has {surface.nbytes}"
             )
         self.placements.append((surface, slot))
+        if surface.shared and surface not in self._shared:
+            self._shared.append(surface)
         self._native = None
 
     @property
@@ -90,8 +94,12 @@ class Param:
             self._native = array
         return self._native, len(self.placements)
 
-    def touched(self) -> None:
-        """Advance the seeds of the surfaces that hold copies: a native pass has written them."""
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """While a native pass writes the copies: surfaces that another device shares are locked, and at the end the
+        seeds of all have advanced."""
+        with locked(self._shared):
+            yield
         for surface, _ in self.placements:
             surface.touch()
 
@@ -118,6 +126,8 @@ class ParamStore(Mapping[str, Param]):
         self.master = self._buffer()
         self.grads = self._buffer() if train else None
         moments = (self._buffer(), self._buffer()) if train else None
+        self.flats = [self.master, *(moments or ())]
+        """What a checkpoint holds: masters and, in training, both moments; flat, fp32."""
         for name, spec in specs.items():
             p = self._params[name] = Param(name, spec, self._view(self.master, name, spec))
             if self.grads is not None and moments is not None:
@@ -176,7 +186,26 @@ class ParamStore(Mapping[str, Param]):
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Name -> master, as saved: vectors (n, 1) as (n,)."""
-        return {name: p.master[:, 0] if p.cols == 1 else p.master for name, p in self.items()}
+        return self.named(self.flats)[0]
+
+    def named(self, flats: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(weights, moments `<name>.m` and `<name>.v`) as views of buffers laid out as `flats`: vectors (n, 1) as
+        (n,)."""
+
+        def view(flat: np.ndarray, p: Param) -> np.ndarray:
+            found = self._view(flat, p.name, p.spec)
+            return found[:, 0] if p.cols == 1 else found
+
+        weights = {name: view(flats[0], p) for name, p in self.items()}
+        kinds = list(zip(("m", "v"), flats[1:], strict=False))
+        return weights, {f"{name}.{kind}": view(flat, p) for name, p in self.items() for kind, flat in kinds}
+
+    def load_moments(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Copy moments that `named` gave back. InputError names what is missing or misshapen."""
+        for name, moment in self.named(self.flats)[1].items():
+            if name not in tensors or tensors[name].size != moment.size:
+                raise InputError(f"the checkpoint has no optimizer state {name!r} of {moment.size:,} numbers")
+            moment[...] = tensors[name].reshape(moment.shape)
 
     def sync(self) -> int:
         """Write every master to its copies; returns how many weights were clamped to +-65504."""
@@ -184,16 +213,8 @@ class ParamStore(Mapping[str, Param]):
         total = 0
         for p in self.values():
             array, n = p.native
-            call(
-                ffi.lib.anert_param_sync,
-                self.pool.ptr,
-                ffi.ffi.cast("float *", p.master.ctypes.data),
-                p.rows,
-                p.cols,
-                array,
-                n,
-                clamped,
-            )
-            p.touched()
+            master = ffi.ffi.cast("float *", p.master.ctypes.data)
+            with p.writing():
+                call(ffi.lib.anert_param_sync, self.pool.ptr, master, p.rows, p.cols, array, n, clamped)
             total += clamped[0]
         return total

@@ -14,6 +14,8 @@ from anert.ffi import Pool, call
 from anert.surface import Heap
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from anert.backend.base import Backend
 
 BACKENDS = ("auto", "cpu", "ane", "reference")
@@ -46,6 +48,8 @@ class Runtime:
         self.backend: Backend = self._open("cpu" if backend == "auto" else backend)
         if compile_budget:
             self.backend.budget = compile_budget
+        self.engine: Executor | None = None
+        """What the engine's lane of a Schedule runs on; None where engine and host are the same cores."""
         self.layout = layout if layout != "auto" else self.backend.capabilities.layout
         self._peak = 0.0
 
@@ -96,6 +100,8 @@ class Runtime:
         return self._peak
 
     def close(self) -> None:
+        if self.engine is not None:
+            self.engine.shutdown()
         self.backend.close()
 
 

@@ -8,9 +8,9 @@ with surface.lock():
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -44,9 +44,12 @@ class Surface:
 
     The memory lives as long as the Surface or any array made from it, and there is no way to end it sooner.
     ptr: its address (`void *`); handle: the `anert_surface *`. Raises InputError or NativeError if it cannot be had.
+
+    `shared`: another device uses the memory too, so that every access of this process needs a lock.
     """
 
     __slots__ = ("_base", "handle", "nbytes")
+    shared: ClassVar[bool] = False
 
     def __init__(self, heap: Heap, nbytes: int) -> None:
         native = load()
@@ -97,18 +100,29 @@ class Surface:
                 f"does not fit a surface of {self.nbytes} bytes: {error}"
             ) from None
 
+    def acquire(self, read_only: bool) -> None:
+        """Lock for reading (shared) or writing (exclusive); `lock` and `locked` pair it with its release.
+
+        Raises StateError at once if the surface is held otherwise: nobody waits.
+        """
+        call(load().lib.anert_surface_lock, self.handle, int(read_only))
+
+    def release(self, read_only: bool) -> None:
+        """Unlock with the flag that `acquire` had; after writing the seed advances."""
+        call(load().lib.anert_surface_unlock, self.handle, int(read_only))
+
     @contextmanager
     def lock(self, read_only: bool = False) -> Iterator[Surface]:
-        """Hold the surface for reading (shared) or writing (exclusive; the seed advances at the end).
-
-        Raises StateError at once if it is held otherwise: nobody waits.
-        """
-        lib = load().lib
-        call(lib.anert_surface_lock, self.handle, int(read_only))
+        """Hold the surface while the block runs: see `acquire`."""
+        self.acquire(read_only)
         try:
             yield self
         finally:
-            call(lib.anert_surface_unlock, self.handle, int(read_only))
+            self.release(read_only)
+
+    def access(self, read_only: bool = False) -> AbstractContextManager[Surface]:
+        """As `lock` where the surface is `shared`; elsewhere nothing."""
+        return self.lock(read_only) if self.shared else nullcontext(self)
 
     def touch(self) -> None:
         """Say that memory was written without a lock: the seed advances."""
@@ -116,3 +130,19 @@ class Surface:
 
     def __repr__(self) -> str:
         return f"Surface({self.nbytes} bytes, seed {self.seed})"
+
+
+@contextmanager
+def locked(written: Iterable[Surface], read: Iterable[Surface] = ()) -> Iterator[None]:
+    """Hold surfaces, those to be written first, while the block runs; let go of them in reverse. StateError if one is
+    held otherwise; then none is."""
+    held: list[tuple[Surface, bool]] = []
+    try:
+        for surfaces, read_only in ((written, False), (read, True)):
+            for surface in surfaces:
+                surface.acquire(read_only)
+                held.append((surface, read_only))
+        yield
+    finally:
+        for surface, read_only in reversed(held):
+            surface.release(read_only)

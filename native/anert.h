@@ -1,27 +1,14 @@
 /* anert.h: the C API of anert's native core, and the only declaration of it.
  *
- * cffi reads this file with its comments and # lines dropped, so: plain C, no macros, no attributes, no #if around
- * declarations. Every fallible function returns an anert_status and takes an anert_error last; it may be NULL.
+ * cffi reads this file with its comments and # lines dropped (an #include "x.h" is replaced by x.h), so: plain C, no macros,
+ * no attributes, no #if around declarations. Every fallible function returns an anert_status and takes an anert_error last; it may be NULL.
  * Nothing prints, nothing exits, nothing is global: state lives in the handles below. */
 #ifndef ANERT_H
 #define ANERT_H
 #include <stddef.h>
 #include <stdint.h>
 
-/* ---- Errors: 0 is success. `message` is one line, NUL-terminated. ---- */
-typedef int32_t anert_status;
-enum {
-    ANERT_OK = 0,
-    ANERT_EINVAL = -1,       /* an argument is out of range or inconsistent */
-    ANERT_ENOMEM = -2,       /* memory was not granted */
-    ANERT_ESTATE = -3,       /* right call, wrong moment: locked, busy, released */
-    ANERT_EUNSUPPORTED = -4, /* this CPU or build cannot do it */
-    ANERT_ESYSTEM = -5       /* a system call failed */
-};
-typedef struct {
-    int32_t status;
-    char message[508];
-} anert_error;
+#include "status.h"
 
 /* ---- Element types and instruction sets ---- */
 enum { ANERT_F32 = 0, ANERT_F16 = 1, ANERT_BF16 = 2, ANERT_I32 = 3, ANERT_U8 = 4, ANERT_I8 = 5 };

@@ -16,6 +16,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("anert")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", type=int, default=0, metavar="N", help="kills of the crash test [25]")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real tokenizer, checkpoint and texts that lie beside the repository; skips where they do not."""

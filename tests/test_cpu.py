@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cpu_run import run_function
+from cpu_run import run_function, run_program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from op_cases import CASES, feed, op_cases, trace
@@ -12,6 +12,7 @@ from op_cases import CASES, feed, op_cases, trace
 from anert.backend.cpu import CpuBackend
 from anert.backend.reference import evaluate
 from anert.ffi import Pool
+from anert.mil.graph import Function
 from anert.mil.ops.table import TABLE
 
 POOL = None
@@ -53,3 +54,22 @@ def test_op_fp32(kind: str, pool: Pool) -> None:
             close(got[name], want[name], rtol, atol)
 
     check()
+
+
+@pytest.mark.parametrize(("precision", "kept"), [("fp32", True), ("bf16", True), ("fp16", False)])
+def test_sums_of_constants_keep_the_interior_s_precision(precision: str, kept: bool, pool: Pool) -> None:
+    """Two fp16 constants that make one number of 22 bits cost nothing at run time, and round where every op does."""
+    from anert.mil import ops
+
+    f, exact = Function("main"), np.linspace(0.5, 1.0, 64).reshape(2, 32)
+    high = exact.astype(np.float16)
+    x = f.input("x", (2, 32))
+    table = ops.add(f.const(high, "fp16", "high"), f.const(exact - high, "fp16", "low"))
+    f.returns(ops.mul(ops.sub(x * table, x * high), 1024.0))
+    backend = CpuBackend(pool, precision)
+    program = backend.compile_function(f)
+    got = run_program(backend, program, {"x": np.ones((2, 32), np.float16)})[f.outputs[0].name]
+    want = (exact - high) * 1024.0
+    assert np.abs(want).max() > 0.1
+    np.testing.assert_allclose(got, want if kept else 0.0, atol=2e-3)
+    assert program.stats.steps == 1

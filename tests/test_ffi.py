@@ -86,6 +86,8 @@ except errors.BackendUnavailable as error:
         (-3, errors.StateError),
         (-4, errors.UnsupportedError),
         (-5, errors.NativeError),
+        (-6, errors.EngineError),
+        (-7, errors.BackendUnavailable),
         (-77, errors.NativeError),
     ],
 )
@@ -177,6 +179,21 @@ def test_the_header_is_the_declaration():
     assert declared == {name for name in dir(native.lib) if name.startswith("anert_")}
     assert "#" not in build_ffi.cdef()
     assert "/*" not in build_ffi.cdef()
+
+
+def test_the_shim_is_not_here():
+    """Off a Mac anert._ane is not built, and a build that is named must load."""
+    program = """
+from anert import ffi, errors
+try:
+    ffi.load_ane()
+except errors.BackendUnavailable as error:
+    print(error.exit_code, error)
+"""
+    message = python(program, ANERT_ANE="/nowhere/_ane.so")
+    assert message.startswith("3 the Neural Engine's shim /nowhere/_ane.so (ANERT_ANE) does not load")
+    assert "--backend cpu" in message
+    assert "\n" not in message
 
 
 def checkout(tmp_path):

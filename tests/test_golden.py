@@ -43,8 +43,8 @@ def test_logits_equal_transformers(real, shared_data):
     tokens = np.zeros(512, np.int32)
     tokens[: ids.size] = ids
     got = net.head.logits(net.forward(tokens), np.arange(ids.size, dtype=np.int32))
-    # weights and residual stream are fp16 here, fp32 there: 2.1e-3 measured with AVX2
-    assert np.abs(got - want).max() / np.abs(want).max() < 2.5e-3
+    # weights and residual stream are fp16 here, fp32 there: 9e-4 is what their rounding makes
+    assert np.abs(got - want).max() / np.abs(want).max() < 2e-3
 
 
 def test_loss_on_real_text(real, shared_data):

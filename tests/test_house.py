@@ -20,7 +20,7 @@ PLUGINS = sorted((ROOT / "plugins").glob("*.py"))
 NATIVE = sorted(p for p in (ROOT / "native").rglob("*") if p.suffix in (".c", ".h", ".m"))
 
 LAYERS = (
-    ("errors", "capabilities", "events", "plot"),
+    ("errors", "capabilities", "events", "files", "plot"),
     ("ffi",),
     ("surface",),
     ("mil.graph",),
@@ -29,10 +29,11 @@ LAYERS = (
     ("stages",),
     ("kernel",),
     ("backend",),
+    ("probes",),
     ("param", "nn", "tokenizer"),
-    ("optim", "model", "data", "formats", "plugin", "head"),
-    ("runtime",),
-    ("network", "checkpoint", "dist"),
+    ("optim", "model", "data", "formats", "plugin", "head", "health", "schedule"),
+    ("runtime", "blocks"),
+    ("network", "checkpoint", "saver", "dist"),
     ("train", "inputs", "sample"),
     ("evaluate", "bench", "estimate", "convert", "verify", "doctor"),
     ("report", "options", "scaffold"),
@@ -43,7 +44,7 @@ LAYERS = (
 )
 """Bottom to top. A module may import what is below it, and its own room; `a.b` stands for a module or a package."""
 
-ROOMS = {"inputs": "train", "sample": "train"}
+ROOMS = {"inputs": "train", "sample": "train", "saver": "checkpoint"}
 """Modules that are one room with another: its other files."""
 
 FILE_LINES, FUNCTION_LINES = 600, 60

@@ -32,8 +32,9 @@ def model_of(stories, **over):
     return preset.model(replace(preset.config, **{**SMALL, **over}))
 
 
-def network(model, batch=2, train=True, seed=3, **runtime):
+def network(model, batch=2, train=True, seed=3, engine=None, **runtime):
     rt = Runtime("cpu", **{"precision": "fp32", "threads": 1, **runtime})
+    rt.engine = engine
     store = ParamStore(rt.heap, rt.pool, model.specs(), train)
     store.initialise(seed)
     for p in store.values():  # weights that fp16 holds exactly, so that both sides start from the same numbers

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from op_cases import Case, feed, op_cases, trace
 
@@ -66,9 +66,13 @@ def check(kind: str, case: Case, seed: int, step: float = 1e-6) -> None:
             continue
         assert v.name in grads, f"{kind}: no gradient for {v.name}"
         direction = rng.normal(size=a.shape)
-        difference = (loss(inputs | {v.name: a + step * direction}) - loss(inputs | {v.name: a - step * direction})) / (
-            2 * step
+        difference, closer = (
+            (loss(inputs | {v.name: a + h * direction}) - loss(inputs | {v.name: a - h * direction})) / (2 * h)
+            for h in (step, step / 4)
         )
+        assume(
+            abs(difference - closer) < 1e-4 * (1 + abs(closer))
+        )  # else a kink or a jump of the op is within the step
         product = float(np.sum(found[grads[v.name].name] * direction))
         scale = float(np.sum(np.abs(found[grads[v.name].name] * direction))) + 1.0
         assert abs(product - difference) < 1e-5 * scale, (kind, v.name, product, difference)

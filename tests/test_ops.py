@@ -1,5 +1,6 @@
 """The op table: results against PyTorch and NumPy, inferred types, decompositions, operators, and what is refused."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -446,7 +447,14 @@ def test_mutated_arguments_work_or_are_refused_in_words(kind: str) -> None:
             return
         if sum(v.type.size for v in f.outputs) > 1 << 16:
             return
-        for a, v in zip(TABLE[kind].evaluate(floats(inputs), f.ops[-1].attrs), f.outputs, strict=True):
+        try:
+            results = TABLE[kind].evaluate(floats(inputs), f.ops[-1].attrs)
+        except ShapeError as refused:  # an index that the mutated axis has no place for: known only at run time
+            assert "indices" in inputs and re.fullmatch(
+                r"\w+: index -?\d+ is out of range for an axis of \d+", str(refused)
+            )
+            return
+        for a, v in zip(results, f.outputs, strict=True):
             assert a.shape == v.shape
 
     test()

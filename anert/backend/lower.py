@@ -17,6 +17,7 @@ from anert.backend.nodes import Graph, Imm, Node, Ref, Root, Source
 from anert.backend.views import Transform
 from anert.errors import UnsupportedError
 from anert.mil.graph import Function, Op, Value
+from anert.mil.ops.table import lookup
 
 PORT_STORAGE = {"fp16": "f16", "fp32": "f32", "int32": "i32", "bool": "u8", "int8": "i8", "uint8": "u8"}
 """How a port of a MIL dtype lies in its surface."""
@@ -39,6 +40,10 @@ def storage_of(dtype: str) -> str:
     return "u8" if dtype == "bool" else "i32"
 
 
+def _float64(a: np.ndarray) -> np.ndarray:
+    return a.astype(np.float64) if a.dtype.kind == "f" else a
+
+
 class Lowering:
     """State of one lowering: the Graph so far, and the Ref of every Value."""
 
@@ -49,6 +54,8 @@ class Lowering:
         self.label = ""
         self.makers: dict[Root, Node] = {}
         """The elementwise node behind a root that has no other writer."""
+        self.known: dict[Value, np.ndarray] = {}
+        """Values of constants and of what is computed of constants alone, floats in float64."""
 
     def run(self, table: dict[str, OpLowering]) -> Graph:
         """Lower everything. Raises UnsupportedError naming the op that has no lowering."""
@@ -61,13 +68,31 @@ class Lowering:
                 raise UnsupportedError(f"op {op.kind!r} ({op.out.name}) does not run on backend 'cpu'")
             if any(0 in v.shape for v in (*op.operands(), *op.outputs)):
                 raise UnsupportedError(f"op {op.kind!r} ({op.out.name}) has an empty tensor: 'cpu' runs none")
-            outs = lower(self, op)
+            outs = self._folded(op) or lower(self, op)
             for v, ref in zip(op.outputs, outs, strict=True):
                 self.refs[v] = ref
         for name, v in self._output_names():
             self._output(name, v)
         self.graph.link()
         return self.graph
+
+    def _folded(self, op: Op) -> list[Ref] | None:
+        """An elementwise op of constants alone, as a constant of the interior's precision; None for any other op."""
+        if op.kind == "const":
+            self.known[op.out] = op.attrs["val"]
+        row = lookup(op.kind)
+        if (
+            row.category != "elementwise"
+            or not all(v in self.known for v in op.operands())
+            or not is_float(op.out.dtype)
+        ):
+            return None
+        floats = {k: _float64(self.known[v]) for k, v in op.inputs.items() if isinstance(v, Value)}
+        with np.errstate(all="ignore"):
+            array = np.asarray(row.evaluate(floats, op.attrs)[0])
+            half = self.precision == "fp16" and op.out.dtype == "fp16"
+            array = self.known[op.out] = array.astype(np.float16 if half else np.float32)
+        return [self.constant(array)]
 
     # Ports
 

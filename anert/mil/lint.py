@@ -7,7 +7,7 @@ slower), confidence whether sources agree. We have seen none of it on an engine:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from anert.errors import AnertError, InputError, ShapeError, UnsupportedError
@@ -114,12 +114,19 @@ def _sorted(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda f: (_ORDER[f.severity], f.confidence, f.line, f.column, f.rule))
 
 
+def measured(findings: Iterable[Finding], rules: Mapping[str, bool]) -> list[Finding]:
+    """Findings as they stand on a probed machine: `rules` (Capabilities.rules) drops what a probe has refuted there;
+    what it has confirmed is no longer disputed."""
+    kept = (f for f in findings if rules.get(f.rule, True))
+    return _sorted(replace(f, confidence="measured") if f.rule in rules else f for f in kept)
+
+
 def as_text(findings: Sequence[Finding], path: str = "<mil>") -> str:
     """A paragraph a finding: place, severity, rule, message; below it the fix and who reported it."""
     lines = []
     for f in findings:
         place = f"{path}:{f.line}:{f.column}" if f.line else f"{path}: {f.value}" if f.value else path
-        doubt = "" if f.confidence == "agreed" else " (disputed)"
+        doubt = "" if f.confidence == "agreed" else f" ({f.confidence})"
         lines.append(f"{place}: {f.severity}{doubt} {f.rule} [{','.join(f.targets)}]: {f.message}")
         lines.append(f"    fix: {f.fix}  (source: {f.source})")
     return "\n".join(lines)

@@ -1,0 +1,58 @@
+"""From a model to kernels: each block traced, differentiated, cut into stages and given its wire form. Nothing is
+compiled or allocated, so lint and estimates see exactly what a run would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from anert.capabilities import Capabilities
+from anert.kernel import Kernel, build
+from anert.mil.grad import Gradient, differentiate
+from anert.mil.graph import Function
+from anert.model import Decoder
+from anert.stages import roles, split
+
+
+@dataclass(slots=True)
+class BlockKernels:
+    """A block's kernels, one of a kind for all layers; `gradient` and `backward` only for training."""
+
+    name: str
+    source: Function
+    params: list[str]
+    gradient: Gradient | None
+    forward: list[Kernel] = field(default_factory=list)
+    backward: list[Kernel] = field(default_factory=list)
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        return [*self.forward, *self.backward]
+
+
+def build_blocks(
+    model: Decoder, seq_len: int, batch: int, train: bool, layout: str, caps: Capabilities
+) -> list[BlockKernels]:
+    """The kernels of every block of `model` for `batch` sequences of `seq_len`.
+
+    Raises Unpackable for a stage that layout `packed` cannot carry.
+    """
+    return [_build(model, block, seq_len, batch, train, layout, caps) for block in model.blocks]
+
+
+def _build(
+    model: Decoder, block: Any, seq_len: int, batch: int, train: bool, layout: str, caps: Capabilities
+) -> BlockKernels:
+    fn = model.trace(block, seq_len, batch)
+    params = [v.name for v in fn.inputs if v.name != "x"]
+    gradient = differentiate(fn, ["x"], params) if train else None
+
+    def kernels(part: Function, name: str) -> list[Kernel]:
+        role = roles(part, params)
+        return [build(stage, role, layout, caps, f"{name}_{i}") for i, stage in enumerate(split(part, role))]
+
+    result = BlockKernels(fn.name, fn, params, gradient)
+    result.forward = kernels(gradient.forward if gradient else fn, f"{fn.name}_forward")
+    if gradient:
+        result.backward = kernels(gradient.backward, f"{fn.name}_backward")
+    return result

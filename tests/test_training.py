@@ -1,0 +1,105 @@
+"""Does it train as well? A run of the real loop on real text against PyTorch float32: same weights, same batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from anert.events import RunDone, RunStarted
+from anert.optim import warmup_cosine
+from anert.plugin import load
+from anert.train import Trainer, TrainOptions
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = {"dim": 64, "hidden_dim": 172, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 512, "seq_len": 128}
+
+
+def trained_here(folder: Path, shared: Path, precision: str, steps: int) -> tuple[Trainer, dict[str, np.ndarray], Any]:
+    """(trainer after the run, the weights that it began with, its summary)."""
+    plugin = load(str(ROOT / "plugins" / "stories.py"))
+    config = dataclasses.replace(plugin.preset("tiny").config, **SHAPE)
+    options = TrainOptions(
+        steps=steps, batch=4, lr=2e-3, warmup=steps // 10, precision=precision, threads=1,
+        sample_every=0, save_every=0, eval_every=0, eval_tokens=32768,
+        data=str(shared / "text" / "tinystories_10k.txt"), out=str(folder / precision),
+        tokenizer=str(shared / "llama2c" / "tok512.bin"),
+    )  # fmt: skip
+    trainer = Trainer(plugin, "tiny", config, options, lambda: False)
+    start: dict[str, np.ndarray] = {}
+    summary = None
+    for event in trainer.run():
+        if isinstance(event, RunStarted):
+            start = {name: np.array(a) for name, a in trainer.store.tensors().items()}
+        elif isinstance(event, RunDone):
+            summary = event.summary
+    return trainer, start, summary
+
+
+def trained_by_pytorch(trainer: Trainer, start: dict[str, np.ndarray], log: Any = None) -> float:
+    """Validation loss of PyTorch float32 after the same batches, by torch.optim.AdamW."""
+    import torch
+    from torch_stories import TorchStories
+
+    torch.set_num_threads(1)  # at this size more of them only wait for each other
+    o, cfg = trainer.options, trainer.config
+    oracle = TorchStories(cfg, start)
+    decayed, plain = ([p for n, p in oracle.p.items() if trainer.store[n].spec.decay is yes] for yes in (True, False))
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": o.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps,
+    )  # fmt: skip
+    schedule, batches = (
+        warmup_cosine(o.lr, o.min_lr, o.warmup, o.steps),
+        trainer.data.dataset.train_batches(o.batch, o.seed),
+    )
+    for step in range(o.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        tokens, targets = (a.reshape(o.batch, -1) for a in next(batches))
+        optimizer.zero_grad()
+        loss = oracle.loss(tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(oracle.p.values()), o.clip)
+        optimizer.step()
+        if log and step % 100 == 99:
+            log(f"pytorch step {step + 1}: {loss.item():.4f}")
+    with torch.no_grad():
+        losses = [
+            oracle.loss(x.reshape(o.batch, -1), y.reshape(o.batch, -1)).item()
+            for x, y in trainer.data.dataset.val_windows(o.batch, o.eval_tokens)
+        ]
+    return math.fsum(losses) / len(losses)
+
+
+def compare(folder: Path, shared: Path, steps: int, log: Any = None) -> dict[str, float]:
+    """Validation loss after `steps`: of PyTorch, and of every precision here."""
+    found: dict[str, float] = {}
+    for precision in ("fp32", "bf16"):
+        trainer, start, summary = trained_here(folder, shared, precision, steps)
+        found[precision] = summary["val_loss"]
+        if log:
+            log(f"{precision}: {summary}")
+        assert summary["steps"] == steps and summary["compiles"] == summary["kernels"]
+    found["pytorch"] = trained_by_pytorch(trainer, start, log)
+    found["unigram"] = trainer.data.dataset.unigram_entropy()
+    return found
+
+
+@pytest.mark.slow
+def test_it_trains_as_well_as_pytorch(tmp_path: Path, shared_data: Path) -> None:
+    pytest.importorskip("torch")
+    found = compare(tmp_path, shared_data, 300)
+    assert found["pytorch"] < found["unigram"] - 1.0, "a run that learns nothing proves nothing"
+    assert found["fp32"] == pytest.approx(found["pytorch"], rel=0.02)
+    assert found["bf16"] == pytest.approx(found["pytorch"], rel=0.03)
+
+
+if __name__ == "__main__":  # python tests/test_training.py SHARED_DATA FOLDER [STEPS]
+    import sys
+
+    print(compare(Path(sys.argv[2]), Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 1000, print))
