@@ -513,7 +513,7 @@ def test_any_bytes_are_a_tokenizer_or_an_input_error(tmp_path_factory, data):
         ("{", "damaged JSON"),
         ("[1]", "no tokenizer"),
         ('{"model": {"type": "WordPiece"}}', "WordPiece"),
-        ('{"model": {"type": "BPE", "byte_fallback": true}}', "not a tokenizer.json"),
+        ('{"model": {"type": "BPE", "byte_fallback": true}}', "no normalizer"),
         ('{"model": {"vocab": {}, "merges": []}, "pre_tokenizer": null}', "no ByteLevel"),
         ('{"model": {"vocab": {"a": 0}}, "pre_tokenizer": {"type": "ByteLevel"}}', "not a tokenizer.json"),
         ('{"model": {"vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "ByteLevel"}}', "byte 0x00"),
