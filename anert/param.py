@@ -180,6 +180,10 @@ class ParamStore(Mapping[str, Param]):
             if name not in tensors:
                 raise InputError(f"the checkpoint has no tensor {name!r} that this model needs")
             source = np.asarray(tensors[name])
+            if source.dtype.kind not in "fiu" and source.dtype.name != "bfloat16":
+                raise InputError(
+                    f"tensor {name!r} is {source.dtype} in the checkpoint: expected floating-point numbers"
+                )
             if source.size != p.spec.size:
                 raise InputError(f"tensor {name!r} is {source.shape} in the checkpoint, the model needs {p.spec.shape}")
             p.master[...] = source.reshape(p.spec.shape)

@@ -49,6 +49,11 @@ void anert_surface_touch(anert_surface *surface);          /* a native writer wr
 /* read_only: 1 shared with other readers, 0 exclusive. ESTATE if a writer holds it (or, for a writer, anybody). */
 anert_status anert_surface_lock(anert_surface *surface, int32_t read_only, anert_error *err);
 anert_status anert_surface_unlock(anert_surface *surface, int32_t read_only, anert_error *err);
+/* All n locks or none, as a run takes its surfaces: `reads` of them for reading, the rest for writing. ESTATE sets *which (may
+ * be NULL) to the one that is held otherwise. release undoes hold: the seeds of those written advance. */
+anert_status anert_surface_hold(anert_surface *const *surfaces, int32_t n, int32_t reads, int32_t *which,
+                                anert_error *err);
+void anert_surface_release(anert_surface *const *surfaces, int32_t n, int32_t reads);
 
 /* ---- fp16: round to nearest even, subnormals kept, NaN by the hardware rule (sign | 0x7e00 | payload >> 13) ----
  * clamp: 1 turns anything past +-65504 (inf too, not NaN) into +-65504 and sets *clamped (may be NULL) to how many.

@@ -26,7 +26,7 @@ from anert.capabilities import CPU, Capabilities
 from anert.errors import CompileError, InputError, StateError
 from anert.ffi import Pool, call, error, load
 from anert.mil.graph import Function
-from anert.surface import Heap, Surface
+from anert.surface import Heap, Hold, Surface
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -60,7 +60,7 @@ class RunSlot:
 class CpuBinding(Binding):
     """A CpuProgram on its surfaces. One run in flight: a second raises StateError."""
 
-    __slots__ = ("_args", "_busy", "_err", "_lib", "_outputs", "_slot", "_keep")
+    __slots__ = ("_args", "_busy", "_err", "_hold", "_keep", "_lib", "_slot")
 
     def __init__(self, program: CpuProgram, surfaces: Mapping[str, Surface]) -> None:
         native = load()
@@ -74,19 +74,22 @@ class CpuBinding(Binding):
             bases[i] = program.constants[root] if root.place == "const" else surfaces[root.name].ptr
         self._args = (program.emitted.plan, program.pool.ptr, bases, len(bases))
         self._err = error()
-        self._outputs = tuple(surfaces[p.name].handle for p in program.outputs)
-        self._keep = (program, dict(surfaces))
+        reads = {p.name: surfaces[p.name] for p in program.inputs}
+        self._hold = Hold(reads, {p.name: surfaces[p.name] for p in program.outputs})
+        self._keep = program
 
     def run(self) -> None:
         if not self._busy.acquire(blocking=False):
             raise StateError("this Binding is already running: bind the program a second time to run it twice at once")
         try:
-            slot = self._slot
-            with slot.lock:
-                if self._lib.anert_plan_run(*self._args, slot.base, self._err):
-                    call(lambda err: err.status, err=self._err)
-            for handle in self._outputs:
-                self._lib.anert_surface_touch(handle)
+            self._hold.take()
+            try:
+                slot = self._slot
+                with slot.lock:
+                    if self._lib.anert_plan_run(*self._args, slot.base, self._err):
+                        call(lambda err: err.status, err=self._err)
+            finally:
+                self._hold.release()
         finally:
             self._busy.release()
 
