@@ -30,6 +30,7 @@ VERBS = {
     "run": ("train a plugin's model, sample from it, or run a command of its own", "run"),
     "plugins": ("list plugins: those given by path, and the installed ones", "plugins"),
     "new": ("write a model plugin that trains as it stands", "new"),
+    "verify": ("prove that an interrupted run goes on bit for bit", "verify"),
     "doctor": ("look at this machine, and probe its Neural Engine", "doctor"),
     "lint": ("check MIL text, or a plugin's kernels, against the Neural Engine's published constraints", "lint"),
 }

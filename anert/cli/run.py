@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     from anert.plugin import load, split_name, suggest
 
     if not argv or argv[0] in ("-h", "--help"):
-        _train_parser("PLUGIN").print_help()
+        train_parser("PLUGIN").print_help()
         return 0 if argv else 2
     if argv[0].startswith("-"):
         raise InputError(f"PLUGIN comes before the options: anert run PLUGIN [train|sample|...] {argv[0]} ...")
@@ -51,7 +51,7 @@ def _train(plugin: Plugin, target: str, preset: str, argv: Sequence[str]) -> int
     from anert import commands
     from anert.options import resolve
 
-    found = _train_parser(target, plugin).parse(argv)
+    found = train_parser(target, plugin).parse(argv)
     if preset and found.preset not in (None, preset):
         raise InputError(f"{target} asks for preset {preset!r} and --preset for {found.preset!r}: leave one out")
     found.preset = found.preset or preset
@@ -66,14 +66,16 @@ def _sample(plugin: Plugin, target: str, argv: Sequence[str]) -> int:
     return commands.sample(plugin, found.checkpoint, found.prompt, found.num_samples, settings, as_json=found.json)
 
 
-def _train_parser(target: str, plugin: Plugin | None = None) -> Parser:
+def train_parser(target: str, plugin: Plugin | None = None, prog: str = "") -> Parser:
+    """The parser of a training run's options."""
     from anert.options import duration, field_notes, fields, flag
     from anert.train import TrainOptions
 
     about = RUN_ABOUT
     if plugin is not None:
         about = f"Train {plugin.name}. Presets: {', '.join(plugin.presets)}. Commands: {', '.join(_actions(plugin))}."
-    parser = Parser(prog=f"anert run {target}", description=about, usage=f"anert run {target} [train] [options]")
+    prog = prog or f"anert run {target} [train]"
+    parser = Parser(prog=prog.removesuffix(" [train]"), description=about, usage=f"{prog} [options]")
     run = parser.add_argument_group("the run")
     run.add_argument("--preset", metavar="NAME", help="the model's size [the plugin's first]")
     run.add_argument("--set", action="append", metavar="KEY=VALUE", help="replace a field of the model's config")
