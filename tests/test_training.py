@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +102,27 @@ def test_it_trains_as_well_as_pytorch(tmp_path: Path, shared_data: Path) -> None
     assert found["bf16"] == pytest.approx(found["pytorch"], rel=0.03)
 
 
-if __name__ == "__main__":  # python tests/test_training.py SHARED_DATA FOLDER [STEPS]
-    import sys
+@pytest.mark.slow
+def test_memory_and_compiles_stay_as_they_are(tmp_path: Path, shared_data: Path) -> None:
+    """1,000 steps with validation, samples and checkpoints among them: not 1% more memory than after 100, not one
+    compile more than there are kernels."""
+    text = tmp_path / "some.txt"
+    text.write_text((shared_data / "text" / "tinystories_10k.txt").read_text("utf-8")[:300_000], "utf-8")
+    fields = {"dim": 32, "hidden_dim": 96, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1, "seq_len": 32}
+    options = {"data": text, "tokenizer": shared_data / "llama2c" / "tok512.bin", "steps": 1000, "out": tmp_path / "r",
+               "batch": 2, "time-budget": 0, "eval-every": 40, "sample-every": 40, "save-every": 45}  # fmt: skip
+    command = [sys.executable, "-m", "anert", "run", str(ROOT / "plugins" / "stories.py"), "--ui", "json"]
+    command += [w for k, v in fields.items() for w in ("--set", f"{k}={v}")]
+    command += [w for k, v in options.items() for w in (f"--{k}", str(v))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    started = next(e for e in events if e["event"] == "RunStarted")
+    steps = {e["step"]: e for e in events if e["event"] == "StepDone"}
+    assert len(steps) == 1000
+    assert started["kernels"] == steps[3]["compiles"] == steps[300]["compiles"] == steps[1000]["compiles"]
+    assert steps[1000]["rss_bytes"] < 1.01 * steps[100]["rss_bytes"]
 
+
+if __name__ == "__main__":  # python tests/test_training.py SHARED_DATA FOLDER [STEPS]
     print(compare(Path(sys.argv[2]), Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 1000, print))
