@@ -23,7 +23,7 @@ from anert.tokenizer import Tokenizer
 from anert.tokenizer.base import Shipped
 
 ENDS = ("auto", "bos", "eos", "both", "none")
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 """Of a text that workers get at a time for one output file."""
 
 SHARD_BYTES = 64 << 20

@@ -17,6 +17,7 @@ import numpy as np
 from anert.data import token_file
 from anert.data.token_file import TokenFile, Tokens
 from anert.errors import InputError
+from anert.files import publish
 
 MANIFEST = "manifest.json"
 FORMAT = "anert token shards"
@@ -64,11 +65,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a whole file or none. Raises InputError where the disk refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            json.dump(content, f, indent=1)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        publish(temporary, path)
     except OSError as e:
         raise InputError(f"{path}: cannot write: {e.strerror}") from None
     finally:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from anert.data.text import GZIP, Progress, open_input
 from anert.errors import InputError
+from anert.files import publish
 
 MAGIC = b"anertTOK"
 VERSION = 1
@@ -210,7 +211,8 @@ class TokenWriter:
             self._starts = tempfile.TemporaryFile(dir=self.path.parent)
             self._file.write(b"" if self.raw else bytes(HEADER_BYTES))
         except OSError as e:
-            self._temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
             raise self._refused(e) from None
         return self
 
@@ -274,8 +276,7 @@ class TokenWriter:
             sha = bytes.fromhex(digest) if digest else bytes(32)
             f.write(HEADER.pack(MAGIC, VERSION, width, n, self.n_documents, vocab, bos, eos, 0, sha))
         f.flush()
-        os.fsync(f.fileno())
-        os.replace(self._temporary, self.path)
+        publish(self._temporary, self.path)
 
     def _refused(self, e: OSError) -> InputError:
         return InputError(f"{self.path}: cannot write the tokens: {e.strerror}")

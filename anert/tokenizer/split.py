@@ -12,6 +12,8 @@ from collections.abc import Callable
 
 import regex
 
+from anert.errors import InputError
+
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -63,7 +65,13 @@ def split_around(pattern: regex.Pattern[str], text: str) -> list[str]:
 
 
 def splitter(pattern: str) -> Callable[[str], list[str]]:
-    """The function that splits a text by a pattern of `regex`; what it does not match is a part too."""
+    """The function that splits a text by a pattern of `regex`; what it does not match is a part too.
+
+    Raises InputError for what is no pattern.
+    """
     if pattern in PATTERNS.values():
         return findall(pattern)
-    return functools.partial(split_around, regex.compile(pattern))
+    try:
+        return functools.partial(split_around, regex.compile(pattern))
+    except regex.error as e:
+        raise InputError(f"split {pattern[:40]!r} is not a pattern: {e}") from None
