@@ -107,7 +107,7 @@ def load(path: Path | str, before: int | None = None) -> Checkpoint:
     """
     path = Path(path)
     if path.is_file() and path.name in ("last", "best"):
-        path = path.parent / _pointed_at(path)
+        path = pointed(path)
     if path.name.startswith("step-") or (path / STATE).exists():
         if not path.is_dir():
             raise InputError(f"{path}: no such checkpoint")
@@ -129,6 +129,11 @@ def load(path: Path | str, before: int | None = None) -> Checkpoint:
         raise InputError(f"{path}: no checkpoint (step-*) in it")
     step, why = skipped[0]
     raise InputError(f"{path}: none of {len(skipped)} checkpoints is whole; the newest, {step.name}: {why}")
+
+
+def pointed(pointer: Path) -> Path:
+    """The step that a pointer file (`runs/x/best`) leads to."""
+    return pointer.parent / _pointed_at(pointer)
 
 
 def recorded_state(run_dir: Path) -> dict[str, Any]:
@@ -241,12 +246,12 @@ def _read_state(path: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
 
 def _verify(path: Path, name: str, entry: Any) -> None:
     file = path / name
-    if Path(name).name != name or not isinstance(entry, dict):
+    if Path(name).name != name or not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
         raise InputError(f"{path}: {STATE} is damaged")
     try:
         size = file.stat().st_size
         if size != entry.get("size"):
-            raise InputError(f"{path}: {name} has {size:,} bytes, {STATE} says {entry.get('size'):,}: truncated")
+            raise InputError(f"{path}: {name} has {size:,} bytes, {STATE} says {entry['size']:,}: truncated")
         if _sha256(file) != entry.get("sha256"):
             raise InputError(f"{path}: {name} differs from its sha256 in {STATE}: damaged on disk")
     except OSError as e:

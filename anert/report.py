@@ -5,6 +5,7 @@ A UI is anything with show, interrupt, restore, overhead_ms and close; the rich 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -333,7 +334,8 @@ class EventLog:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+                self._file.close()
 
 
 def follow(events: Iterable[ev.Event], ui: UI, log: EventLog, on_lost: Callable[[], None] = lambda: None) -> ev.RunDone:

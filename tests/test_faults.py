@@ -8,15 +8,18 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from power import Disk, build_shim
-from small_run import ROOT, bits, events, notices, trainer, write_text
+from small_run import ROOT, bits, events, flags, notices, trainer, write_text
 
 from anert import checkpoint, train
 from anert import events as ev
+from anert.cli import main
 from anert.health import SETTLED, Health
+from anert.report import EventLog, Off, follow
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +129,23 @@ def test_resume_takes_the_newest_that_verifies_and_says_what_it_skipped(text, st
     assert any("step-00000038: state.json is damaged" in t for t in said)
     assert any("resuming" in t and "after step 36" in t for t in said)
     assert bits(out) == straight
+
+
+@pytest.mark.parametrize("out", ["file", "file/run"])
+def test_a_directory_that_cannot_be_written_is_refused_before_the_first_step(text, tmp_path, out, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", *flags(text, tmp_path / out, steps=3)]) == 2
+    assert capsys.readouterr().err.startswith(f"anert: {tmp_path / out / 'data'}: cannot write there: Not a directory")
+
+
+def test_a_log_that_the_disk_refuses_is_no_crash(tmp_path):
+    """/dev/full takes every write into its buffer and refuses it at the end, and once more when it is closed."""
+    shown = []
+    ui = Off()
+    ui.show = shown.append
+    done = follow(iter([ev.Notice("info", "x"), ev.RunDone("steps", {})]), ui, EventLog(Path("/dev/full")))
+    assert done.reason == "steps"
+    assert any("event log is off from here on" in e.text for e in shown if isinstance(e, ev.Notice))
 
 
 # ---- divergence

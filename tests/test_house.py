@@ -30,12 +30,13 @@ LAYERS = (
     ("kernel",),
     ("backend",),
     ("probes",),
-    ("param", "nn", "tokenizer"),
-    ("optim", "model", "data", "formats", "plugin", "head", "health", "schedule"),
+    ("param", "nn", "tokenizer", "sampler"),
+    ("optim", "model", "data", "plugin", "head", "health", "schedule"),
     ("runtime", "blocks"),
     ("network", "checkpoint", "saver", "dist"),
+    ("decode", "formats", "numpy_llama"),
     ("train", "inputs", "sample"),
-    ("evaluate", "bench", "estimate", "convert", "verify", "doctor"),
+    ("evaluate", "bench", "estimate", "convert", "inspect", "verify", "doctor"),
     ("report", "options", "scaffold"),
     ("board",),
     ("dashboard",),
@@ -61,7 +62,7 @@ ONLY = {
 }
 """Top-level modules that only these modules of anert may import."""
 
-C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head")
+C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head", "decode")
 """Modules that may name a function of the native library (`lib.anert_...`)."""
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from anert.errors import InputError
 from anert.tokenizer import PATTERNS, ByteBPETokenizer, LlamaTokenizer, base, load_tokenizer
+from anert.tokenizer.hf_files import write_directory
 from anert.tokenizer.split import findall
 
 ALPHABET = (
@@ -174,8 +175,17 @@ def test_llama_json_keeps_its_ends_when_saved(pair, tmp_path):
     again = load_tokenizer(tmp_path / "elsewhere.json")
     (tmp_path / "tokenizer_config.json").unlink()
     assert (again.hash, again.eos_id) == (read.hash, 1) and again.hash != load_tokenizer(tmp_path).hash
-    with pytest.raises(InputError, match=r"only a \.json can hold"):
-        read.save(tmp_path / "t.bin")
+
+
+def test_metaspace_is_for_json_alone(pair, tmp_path):
+    if not pair[1].model.prefix_once:
+        pair[1].save(tmp_path / "t.model")
+        assert load_tokenizer(tmp_path / "t.model").hash == pair[1].hash
+    else:
+        with pytest.raises(InputError, match=r"save it as \.json"):
+            pair[1].save(tmp_path / "t.bin")
+    write_directory(pair[1], tmp_path)
+    assert load_tokenizer(tmp_path / "tokenizer.json").hash == pair[1].hash
 
 
 def change_merge(c):
@@ -185,13 +195,13 @@ def change_merge(c):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (change_merge, "merge 3 is"),
+        (change_merge, "is not of this vocabulary"),
         (lambda c: c["model"].pop("merges"), "not a tokenizer.json"),
-        (lambda c: c.update(normalizer={"type": "NFKC"}, pre_tokenizer=None), "NFKC; anert reads Llama's"),
-        (lambda c: c.update(normalizer=None, pre_tokenizer=None), "no normalizer; anert reads"),
+        (lambda c: c.update(normalizer={"type": "NFKC"}, pre_tokenizer=None), "NFKC before byte-fallback BPE"),
+        (lambda c: c.update(normalizer=None, pre_tokenizer=None), "another kind of tokenizer"),
         (lambda c: c["model"]["vocab"].update({"zz": 5000}), "doubled or sparse"),
         (lambda c: c["model"]["vocab"].update({"<0x00>": c["model"]["vocab"].pop("<0x01>")}), "sparse"),
-        (lambda c: c["model"]["vocab"].update({"<0x0>": c["model"]["vocab"].pop("<0x01>")}), "all 256 byte tokens"),
+        (lambda c: c["model"]["vocab"].update({"<0x0>": c["model"]["vocab"].pop("<0x01>")}), "all 256 byte pieces"),
         (lambda c: c.update(added_tokens=[3]), "not a tokenizer.json"),
     ],
 )

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import regex
 
 from anert.errors import InputError
@@ -42,8 +41,6 @@ class Pieces:
     byte_fallback: bool = True
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = False
-    merges: tuple[tuple[int, int], ...] = ()
-    """Pairs of ids in order, where a tokenizer.json lists them: these decide then, not the scores."""
     prefix_once: bool = False
     """The dummy prefix goes only before a text that does not begin with a space (Hugging Face's Metaspace)."""
 
@@ -65,7 +62,7 @@ class LlamaTokenizer(Tokenizer):
             if model.types[i] == NORMAL:
                 ids.setdefault(piece, i)
         self._ids = {c: i for c, i in ids.items() if len(c) == 1}
-        self._merges = listed_merges(model, ids) if model.merges else merge_table(model, ids)
+        self._merges = merge_table(model, ids)
         self._frozen = {p: i for i, p in enumerate(model.pieces) if model.types[i] == USER_DEFINED}
         self._frozen_pattern = any_of(self._frozen)
         self._words = word_pattern(piece for piece in ids if len(piece) > 1)
@@ -82,8 +79,8 @@ class LlamaTokenizer(Tokenizer):
         for piece, score, kind in zip(m.pieces, m.scores, m.types, strict=True):
             text = piece.encode()
             digest.update(struct.pack("<fBi", score + 0.0, kind, len(text)) + text)
-        if m.merges:
-            digest.update(struct.pack("<?", m.prefix_once) + np.array(m.merges, "<u4").tobytes())
+        if m.prefix_once:
+            digest.update(b"prefix once")
         return digest.hexdigest()
 
     @classmethod
@@ -119,14 +116,14 @@ class LlamaTokenizer(Tokenizer):
 
     def save(self, path: Path | str) -> None:
         """Write the file it was read from, where the name's suffix is that file's; else SentencePiece's .model or
-        llama2.c's tokenizer.bin by the suffix. Raises InputError for a tokenizer.json's merges under another."""
+        llama2.c's tokenizer.bin by the suffix. Raises InputError for what only a tokenizer.json can say."""
         from anert.tokenizer.llama_files import write_bin, write_model
 
         suffix = Path(path).suffix
         if self._source and suffix == self.suffix:
             Path(path).write_bytes(self._source)
-        elif self.model.merges:
-            raise InputError(f"{path}: this tokenizer came from a tokenizer.json, whose merges only a .json can hold")
+        elif self.model.prefix_once:
+            raise InputError(f"{path}: this tokenizer's Metaspace is for tokenizer.json alone: save it as .json")
         else:
             Path(path).write_bytes(write_model(self.model) if suffix == ".model" else write_bin(self.model))
 
@@ -219,13 +216,6 @@ def merge_table(model: Pieces, ids: dict[str, int]) -> Merges:
             if left is not None and right is not None:
                 rank[left, right], result[left, right] = r, i
     return Merges(rank, result)
-
-
-def listed_merges(model: Pieces, ids: dict[str, int]) -> Merges:
-    """The merges of a tokenizer.json: each pair in its place of the list."""
-    pieces = model.pieces
-    rank = {pair: r for r, pair in reversed(list(enumerate(model.merges)))}
-    return Merges(rank, {(a, b): ids[pieces[a] + pieces[b]] for a, b in rank})
 
 
 def any_of(pieces: Iterable[str]) -> regex.Pattern[str] | None:
