@@ -8,7 +8,8 @@ from typing import Any
 
 from anert.errors import InputError
 from anert.tokenizer import ByteBPETokenizer, LlamaTokenizer, Tokenizer
-from anert.tokenizer.byte_bpe import PATTERNS
+from anert.tokenizer.byte_bpe import 
+from anert.tokenizer.split import PATTERNS
 from anert.tokenizer.byte_files import from_hugging_face
 from anert.tokenizer.llama import CONTROL, USER_DEFINED, Pieces
 
