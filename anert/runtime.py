@@ -42,7 +42,7 @@ class Runtime:
         if backend == "ane":
             raise BackendUnavailable(_no_ane())
         self.heap, self.pool = Heap(), Pool(threads, isa)
-        native_bf16 = self.pool.isa == "avx512bf16"
+        native_bf16 = self.pool.isa in ("avx512bf16", "amx")
         self.precision = precision if precision != "auto" else "bf16" if native_bf16 else "fp32"
         self.note = self._note(backend, precision)
         self.backend: Backend = self._open("cpu" if backend == "auto" else backend)
