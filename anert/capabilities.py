@@ -33,14 +33,24 @@ class Capabilities:
     min_surface: int = 49152
     both_orientations: bool = True
     """Whether a matmul weight must lie as its program reads it (ANE), or may be read transposed in place (cpu)."""
+    decomposed: bool = True
+    """Composite ops are emitted as the simpler ones that are known to work."""
+    contraction_multiple: int = 32
+    """Contractions inside the graph are padded with zeros to a multiple of this: M1 gave zeros for others."""
+    fp16_interior: bool = True
+    """Whether the engine rounds what is between ports: then constants may be folded as it would round them."""
     compile_budget: int = 100
+    """Compiles of one process; the engine tires after about 119."""
+    load_budget: int = 120
+    """Programs that one process has loaded at a time; the engine takes about 128."""
     rules: Mapping[str, bool] = field(default_factory=dict)
     """Lint rules that a probe has settled on this machine: whether the limit is there."""
 
 
 ANE = Capabilities()
-CPU = Capabilities(name="cpu", layout="ports", width_multiple=1, max_width=1 << 30, max_inputs=64,
-                   surface_multiple=64, min_surface=64, both_orientations=False, compile_budget=1000)  # fmt: skip
+CPU = Capabilities(name="cpu", layout="ports", width_multiple=1, max_width=1 << 30, max_inputs=64, surface_multiple=64,
+                   min_surface=64, both_orientations=False, decomposed=False, contraction_multiple=1,
+                   fp16_interior=False, compile_budget=1000)  # fmt: skip
 
 
 # ---- the record of a probed machine

@@ -8,7 +8,6 @@ sha256 of the rest; files and directory are fsynced before the rename. Whatever 
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anert.errors import AnertError, InputError, NativeError, NonFiniteError
+from anert.files import fsync, publish
 from anert.tokenizer import Tokenizer
 
 VERSION = 1
@@ -99,15 +99,15 @@ def save(
     return final
 
 
-def load(path: Path | str) -> Checkpoint:
+def load(path: Path | str, before: int | None = None) -> Checkpoint:
     """A step's directory, or of a run's directory the newest step that verifies, with the skipped ones and why.
 
-    Pointer files (`runs/x/best`) lead to their step. Raises InputError: nothing there, nothing that verifies, or a
-    checkpoint of a newer format, by its name.
+    Pointer files (`runs/x/best`) lead to their step. before: only steps of a run's directory with smaller numbers.
+    Raises InputError: nothing there, nothing that verifies, or a checkpoint of a newer format, by its name.
     """
     path = Path(path)
     if path.is_file() and path.name in ("last", "best"):
-        path = path.parent / _pointed_at(path)
+        path = pointed(path)
     if path.name.startswith("step-") or (path / STATE).exists():
         if not path.is_dir():
             raise InputError(f"{path}: no such checkpoint")
@@ -115,7 +115,7 @@ def load(path: Path | str) -> Checkpoint:
     if not path.is_dir():
         raise InputError(f"{path}: no run directory or checkpoint there")
     skipped: list[tuple[Path, str]] = []
-    for step in reversed(_steps(path)):
+    for step in reversed(_steps(path, before)):
         try:
             found = _load_step(step)
         except NewerFormatError:
@@ -129,6 +129,46 @@ def load(path: Path | str) -> Checkpoint:
         raise InputError(f"{path}: no checkpoint (step-*) in it")
     step, why = skipped[0]
     raise InputError(f"{path}: none of {len(skipped)} checkpoints is whole; the newest, {step.name}: {why}")
+
+
+def pointed(pointer: Path) -> Path:
+    """The step that a pointer file (`runs/x/best`) leads to."""
+    return pointer.parent / _pointed_at(pointer)
+
+
+def recorded_state(run_dir: Path) -> dict[str, Any]:
+    """state.json of the newest step in a run directory whose state can be read; its tensors are not looked at.
+
+    Raises InputError: no such directory, or no step in it with a state that can be read.
+    """
+    if not run_dir.is_dir():
+        raise InputError(f"{run_dir}: no run to resume there")
+    for step in reversed(_steps(run_dir)):
+        try:
+            return _read_state(step)[0]
+        except NewerFormatError:
+            raise
+        except InputError:
+            continue
+    raise InputError(f"{run_dir}: no finished checkpoint (step-*/{STATE}) to resume from")
+
+
+def set_aside(run_dir: Path, after: int) -> list[Path]:
+    """Rename the steps after `after`, which led astray, to `diverged-*`, and point `last` at it; returns the new names.
+
+    The one that `best` points at stays: it was good when it was validated.
+    """
+    best, moved = _pointed_at(run_dir / "best"), []
+    with _disk(run_dir, 0):
+        _point(run_dir / "last", f"step-{after:08d}")
+        for step in _steps(run_dir):
+            if _number(step) > after and step.name != best:
+                to = run_dir / f"diverged-{_number(step):08d}"
+                shutil.rmtree(to, ignore_errors=True)
+                os.rename(step, to)
+                moved.append(to)
+        fsync(run_dir)
+    return moved
 
 
 def _write_step(
@@ -145,13 +185,13 @@ def _write_step(
         tokenizer.save(into / f"tokenizer{tokenizer.suffix}")
     files = {}
     for path in sorted(into.iterdir()):
-        _fsync(path)
+        fsync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
     own = {"format_version": VERSION, "step": step, "files": files}
     text = json.dumps({**own, **_plain(dict(state))}, indent=1, allow_nan=False)
     (into / STATE).write_text(text + "\n", encoding="utf-8")
-    _fsync(into / STATE)
-    _fsync(into)
+    fsync(into / STATE)
+    fsync(into)
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
@@ -179,6 +219,15 @@ def _read_tensors(path: Path) -> Tensors:
 
 def _load_step(path: Path) -> Checkpoint:
     """Raises InputError unless every file has the size and sha256 that state.json says."""
+    state, step, files = _read_state(path)
+    for name, entry in files.items():
+        _verify(path, name, entry)
+    tokenizer = next((path / name for name in files if name.startswith("tokenizer.")), None)
+    return Checkpoint(path, step, state, tokenizer)
+
+
+def _read_state(path: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
+    """(the caller's state, step, files) of a step's state.json."""
     try:
         content = json.loads((path / STATE).read_text(encoding="utf-8"))
         version, step, files = (content.pop(key) for key in OWN_KEYS)
@@ -192,20 +241,17 @@ def _load_step(path: Path) -> Checkpoint:
         )
     if version != VERSION or not isinstance(files, dict) or not isinstance(step, int) or MODEL not in files:
         raise InputError(f"{path}: {STATE} is damaged")
-    for name, entry in files.items():
-        _verify(path, name, entry)
-    tokenizer = next((path / name for name in files if name.startswith("tokenizer.")), None)
-    return Checkpoint(path, step, content, tokenizer)
+    return content, step, files
 
 
 def _verify(path: Path, name: str, entry: Any) -> None:
     file = path / name
-    if Path(name).name != name or not isinstance(entry, dict):
+    if Path(name).name != name or not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
         raise InputError(f"{path}: {STATE} is damaged")
     try:
         size = file.stat().st_size
         if size != entry.get("size"):
-            raise InputError(f"{path}: {name} has {size:,} bytes, {STATE} says {entry.get('size'):,}: truncated")
+            raise InputError(f"{path}: {name} has {size:,} bytes, {STATE} says {entry['size']:,}: truncated")
         if _sha256(file) != entry.get("sha256"):
             raise InputError(f"{path}: {name} differs from its sha256 in {STATE}: damaged on disk")
     except OSError as e:
@@ -238,14 +284,17 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _steps(run_dir: Path) -> list[Path]:
+def _steps(run_dir: Path, before: int | None = None) -> list[Path]:
     """Step directories, oldest first; one that a killed save had put aside (`_replace_directory`) counts."""
-    found = {int(p.name[5:]): p for p in run_dir.glob("step-*") if p.name[5:].isdigit() and p.is_dir()}
-    for aside in run_dir.glob(".step-*" + ASIDE):
-        number = aside.name.removeprefix(".step-").removesuffix(ASIDE)
-        if number.isdigit():
-            found.setdefault(int(number), aside)
-    return [found[step] for step in sorted(found)]
+    found = {_number(p): p for p in run_dir.glob(".step-*" + ASIDE)}
+    found |= {_number(p): p for p in run_dir.glob("step-*") if p.is_dir()}
+    return [found[step] for step in sorted(found) if step >= 0 and (before is None or step < before)]
+
+
+def _number(step: Path) -> int:
+    """The number in a step's name, -1 where there is none."""
+    number = step.name.removeprefix(".").removeprefix("step-").removesuffix(ASIDE)
+    return int(number) if number.isdigit() else -1
 
 
 def _pointed_at(pointer: Path) -> str:
@@ -260,9 +309,7 @@ def _pointed_at(pointer: Path) -> str:
 def _point(pointer: Path, name: str) -> None:
     temporary = pointer.with_name(f".{pointer.name}.{os.getpid()}.tmp")
     temporary.write_text(name + "\n", encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, pointer)
-    _fsync(pointer.parent)
+    publish(temporary, pointer)
 
 
 def _replace_directory(temporary: Path, final: Path) -> None:
@@ -274,7 +321,7 @@ def _replace_directory(temporary: Path, final: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         os.rename(temporary, final)
-    _fsync(final.parent)
+    fsync(final.parent)
 
 
 def _prune(run_dir: Path, keep: int) -> None:
@@ -298,18 +345,6 @@ def _remove_leftovers(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in (*run_dir.glob(".last.*.tmp"), *run_dir.glob(".best.*.tmp")):
         path.unlink(missing_ok=True)
-
-
-def _fsync(path: Path) -> None:
-    """Down to the disk; on macOS that takes F_FULLFSYNC (fsync(2))."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        if hasattr(fcntl, "F_FULLFSYNC"):
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _sha256(path: Path) -> str:

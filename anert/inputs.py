@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from anert.errors import DoesNotFit, InputError
 from anert.events import Event, Notice
+from anert.files import publish
 
 if TYPE_CHECKING:
     from anert.checkpoint import Checkpoint
@@ -51,13 +53,18 @@ class Weights:
     config: Any
     tensors: Mapping[str, np.ndarray] | None = None
     checkpoint: Checkpoint | None = None
-    tokenizer: Path | None = None
+    tokenizer: Callable[[], Tokenizer] | None = None
+    tokenizer_name: str = ""
 
 
-def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) -> Generator[Event, None, Weights]:
-    """Yields notices; returns the Weights that `--init` names. The config follows a checkpoint that is given."""
+def open_weights(
+    plugin: Plugin, preset: Preset, config: Any, options: TrainOptions, out: Path
+) -> Generator[Event, None, Weights]:
+    """Yields notices; returns the Weights that `--init` names: a model file of any format. The config follows it, but
+    for a seq_len that differs from the preset's: that one was asked for."""
     from anert import checkpoint
-    from anert.formats import llama2c
+    from anert.formats import open_model_file
+    from anert.tokenizer import load_tokenizer
 
     if options.init == "scratch":
         return Weights(config)
@@ -65,63 +72,76 @@ def open_weights(plugin: Plugin, config: Any, options: TrainOptions, out: Path) 
         found = checkpoint.load(out)
         for path, why in found.skipped:
             yield Notice("warning", f"skipped {path}: {why}")
+        if "optimizer_t" not in found.state:
+            raise InputError(f"{found.path} holds weights but no run to go on with: start one by --init {found.path}")
         yield Notice("info", f"resuming {found.path} after step {found.step}")
-        return Weights(_follow(config, found.state["config"]), found.model, found, found.tokenizer_path)
+        beside = found.tokenizer_path
+        load = (lambda: load_tokenizer(beside)) if beside else None
+        name = beside.name if beside else ""
+        return Weights(_follow(config, found.state["config"], found.path), found.model, found, load, name)
     path = Path(options.init)
     if not path.exists():
         raise InputError(f"--init {path}: no such file or directory (or `scratch`, `resume`)")
-    if path.is_dir():
-        found = checkpoint.load(path)
-        yield Notice("info", f"weights from {found.path}, step {found.step}; optimizer and data start anew")
-        return Weights(_follow(config, found.state["config"]), found.model, None, found.tokenizer_path)
-    shape, tensors = llama2c.read(path)
-    fields = _shared_fields(config, shape)
-    changed = {k: v for k, v in fields.items() if getattr(config, k) != v}
+    source = open_model_file(path)
+    for note in source.notes:
+        yield Notice("info", f"{path}: {note}")
+    step = f", step {source.step}" if source.step >= 0 else ""
+    yield Notice("info", f"weights from {source.path}{step}; optimizer and data start anew")
+    followed = _follow(config, source.config, source.path)
+    asked = getattr(config, "seq_len", 0)
+    if asked != getattr(preset.config, "seq_len", 0) and asked < followed.seq_len:
+        followed = dataclasses.replace(followed, seq_len=asked)
+    changed = [k for k in sorted(_names(config)) if getattr(config, k) != getattr(followed, k)]
     if changed:
-        yield Notice("info", "the model follows the checkpoint: " + ", ".join(f"{k} {v}" for k, v in changed.items()))
-    return Weights(dataclasses.replace(config, **fields), tensors)
+        said = ", ".join(f"{k} {getattr(followed, k)}" for k in changed)
+        yield Notice("info", f"the model follows the checkpoint: {said}")
+    return Weights(followed, source.tensors, None, source.tokenizer, source.tokenizer_name)
+
+
+def plugin_of(path: Path) -> str:
+    """Name of the plugin that trained a checkpoint; `stories`, whose model is Llama's, for another program's file."""
+    from anert import checkpoint
+
+    if path.is_dir() or path.name in ("last", "best"):
+        return str(checkpoint.load(path).state.get("plugin", "stories"))
+    return "stories"
 
 
 def open_model(plugin: Plugin, path: Path, tokenizer: str) -> tuple[Decoder, Mapping[str, np.ndarray], Tokenizer]:
-    """The model, its weights and its tokenizer, from a run directory, a step of one, or a llama2.c file."""
-    from anert import checkpoint
-    from anert.formats import llama2c
+    """The model, its weights (read when asked for) and its tokenizer, from a model file of any format."""
+    from anert.formats import open_model_file
     from anert.tokenizer import load_tokenizer
 
-    if path.is_dir() or path.name in ("last", "best"):
-        found = checkpoint.load(path)
-        preset = plugin.preset(found.state["preset"])
-        config, tensors, beside = _follow(preset.config, found.state["config"]), found.model, found.tokenizer_path
+    source = open_model_file(path)
+    preset = plugin.preset(str(source.about.get("preset") or ""))
+    config = _follow(preset.config, source.config, source.path)
+    if tokenizer:
+        vocabulary = load_tokenizer(Path(tokenizer))
+    elif source.tokenizer is not None:
+        vocabulary = source.tokenizer()
     else:
-        shape, tensors = llama2c.read(path)
-        preset, beside = plugin.preset(), None
-        config = dataclasses.replace(preset.config, **_shared_fields(preset.config, shape))
-    source = Path(tokenizer) if tokenizer else beside
-    if source is None:
         raise InputError(f"{path} brings no tokenizer: pass --tokenizer FILE, the one that it was trained with")
-    vocabulary = load_tokenizer(source)
     if vocabulary.vocab_size > config.vocab_size:
-        raise InputError(f"{source} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}: another's?")
-    return preset.model(config), tensors, vocabulary
-
-
-def _shared_fields(config: Any, shape: Any) -> dict[str, Any]:
-    """The fields of a llama2.c header that this model's config has."""
-    return {f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.name in _names(config)}
+        name = tokenizer or source.tokenizer_name
+        raise InputError(f"{name} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}: another's?")
+    return preset.model(config), source.tensors, vocabulary
 
 
 def _names(config: Any) -> set[str]:
     return {f.name for f in dataclasses.fields(config)}
 
 
-def _follow(config: Any, recorded: Mapping[str, Any]) -> Any:
-    """`config` with the values of a checkpoint's. InputError if that one is of another model."""
-    unknown = set(recorded) - _names(config)
+def _follow(config: Any, recorded: Mapping[str, Any], where: Path) -> Any:
+    """`config` with the values of a model file's. InputError if that one is of another model: it has fields that this
+    one lacks, and not as plain Llama has them."""
+    from anert.formats import LlamaConfig
+
+    plain = {f.name: f.default for f in dataclasses.fields(LlamaConfig)}
+    unknown = {k: v for k, v in recorded.items() if k not in _names(config) and plain.get(k) != v}
     if unknown:
-        raise InputError(
-            f"the checkpoint's config has {', '.join(sorted(unknown))}, which this model does not: another plugin's?"
-        )
-    return dataclasses.replace(config, **recorded)
+        said = ", ".join(f"{k} {v}" for k, v in sorted(unknown.items()))
+        raise InputError(f"{where}: its config has {said}, which this model does not: another plugin's?")
+    return dataclasses.replace(config, **{k: v for k, v in recorded.items() if k in _names(config)})
 
 
 @dataclass(slots=True)
@@ -149,9 +169,11 @@ def open_data(
         data.sniff(source)  # refuse a missing or unreadable file before anything is made
     else:
         source = yield from _own_corpus(plugin, preset, options, cache)
-    tokenizer_path = Path(options.tokenizer) if options.tokenizer else weights.tokenizer
-    if tokenizer_path is not None:
-        tokenizer = load_tokenizer(tokenizer_path)
+    name = "trained here"
+    if options.tokenizer:
+        tokenizer, name = load_tokenizer(Path(options.tokenizer)), Path(options.tokenizer).name
+    elif weights.tokenizer is not None:
+        tokenizer, name = weights.tokenizer(), weights.tokenizer_name
     elif weights.tensors is not None:
         raise InputError(f"--init {options.init} needs the tokenizer that it was trained with: pass --tokenizer FILE")
     else:
@@ -170,7 +192,6 @@ def open_data(
     )  # fmt: skip
     if dataset.note:
         yield Notice("warning", dataset.note)
-    name = tokenizer_path.name if tokenizer_path else "trained here"
     return Data(dataset, tokenizer, f"{tokenizer.kind} {tokenizer.vocab_size} ({name})", source.name, config)
 
 
@@ -182,12 +203,22 @@ def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Pa
         raise InputError(f"plugin {plugin.name!r} brings no data of its own: pass --data FILE")
     path = cache / f"{name}.txt"
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         write = plugin.datasets[name]
         part = path.with_suffix(".part")
-        yield from waited(f"write {name}", "MB", lambda progress: write(part, CORPUS_MB, options.seed, progress))
-        part.replace(path)
+        with _writing(cache):
+            yield from waited(f"write {name}", "MB", lambda progress: write(part, CORPUS_MB, options.seed, progress))
+            publish(part, path)
     return path
+
+
+@contextmanager
+def _writing(cache: Path) -> Iterator[None]:
+    """Makes the directory; what the disk refuses in the block is an InputError."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"{cache}: cannot write there: {error.strerror}: choose another --out") from None
 
 
 def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Event, None, Tokenizer]:
@@ -205,8 +236,10 @@ def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Even
             return ByteBPETokenizer.train(data.documents(source), vocab_size, progress=progress)
 
         tokenizer = yield from waited("train tokenizer", "merges", learn)
-        cache.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(path)
+        part = path.with_suffix(".part")
+        with _writing(cache):
+            tokenizer.save(part)
+            publish(part, path)
     return load_tokenizer(path)
 
 
@@ -224,6 +257,7 @@ def estimate_run(runtime: Runtime, model: Decoder, specs: Mapping[str, Spec], op
     head = 4 * cfg.vocab_size * min(positions, 256) + 8 * cfg.dim * positions
     need = n_params * (16 + copies) + activations + head
     runtime.check_memory(need, f"{n_params / 1e6:.1f} M parameters with gradients and moments, and activations,")
+    need += 12 * n_params  # the snapshot that a save writes from; where it does not fit, training waits for the save
     disk = 12 * n_params * (options.keep + 2)
     anchor = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(anchor).free

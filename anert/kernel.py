@@ -14,7 +14,7 @@ import numpy as np
 
 from anert.capabilities import Capabilities
 from anert.errors import ShapeError, Unpackable
-from anert.mil import ops
+from anert.mil import ops, passes
 from anert.mil.blob import BlobDirectory
 from anert.mil.graph import Function, Value
 from anert.mil.legalize import Legalizer, shape4
@@ -66,7 +66,8 @@ class _Wire:
     """Builds the wire Function of one stage."""
 
     def __init__(self, stage: Stage, role: dict[str, str], caps: Capabilities, name: str) -> None:
-        self.source, self.role, self.caps = stage.function, role, caps
+        self.source, self.role, self.caps = _accepted(stage.function, caps), role, caps
+        self.turned = {v.name for v in stage.function.inputs if caps.both_orientations and _read_transposed(v)}
         self.fn = Function("main", caps.opset)
         self.inputs: dict[str, Slot] = {}
         self.outputs: dict[str, Slot] = {}
@@ -96,7 +97,7 @@ class _Wire:
         for i, v in enumerate(self.source.inputs):
             rows, cols = _matrix_shape(v)
             kind = self.role.get(v.name, "activation")
-            turned = kind == "matrix" and self.caps.both_orientations and _read_transposed(v)
+            turned = kind == "matrix" and v.name in self.turned
             r, c = (cols, rows) if turned else (rows, cols)
             w = self.width(c)
             port = self.fn.input(f"i{i:02d}_{v.name}", (1, r, 1, w))
@@ -176,6 +177,17 @@ class _Wire:
         return ops.concat((value, zeros), axis=3)
 
 
+def _accepted(function: Function, caps: Capabilities) -> Function:
+    """The function in ops and sizes that the engine takes; the CPU engine takes it as it is."""
+    if caps.decomposed:
+        function = passes.decompose(function, "ane")
+    if caps.fp16_interior:
+        function = passes.fold_constants(function, exact=False)
+    if caps.contraction_multiple > 1:
+        function = passes.pad_contractions(function, caps.contraction_multiple)
+    return function
+
+
 def _matrix_shape(value: Value) -> tuple[int, int]:
     """(rows, cols) under which a value of any rank lies on the wire."""
     s = value.shape
@@ -213,10 +225,11 @@ def build(stage: Stage, role: dict[str, str], layout: str, caps: Capabilities, n
         wire.ports()
     else:
         raise ShapeError(f"unknown layout {layout!r}: expected ports or packed")
-    for op in stage.function.ops:
+    for op in wire.source.ops:
         wire.legal.copy(op)
     wire.results(layout == "packed")
+    main = passes.rename(wire.fn)
     blobs = BlobDirectory()  # one file a constant: M1 refuses several in one (ane_facts 1.7)
-    text = print_module(wire.fn, blobs=blobs, blob_threshold=LARGE_CONST)
-    sizes = {v.name: v.type.nbytes for v in (*wire.fn.inputs, *wire.fn.outputs)}
+    text = print_module(main, blobs=blobs, blob_threshold=LARGE_CONST)
+    sizes = {v.name: v.type.nbytes for v in (*main.inputs, *main.outputs)}
     return Kernel(name, text, blobs.files(), wire.inputs, wire.outputs, sizes)

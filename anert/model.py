@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from anert.errors import InputError, PluginError, ShapeError
 from anert.mil.graph import Function, Value
-from anert.nn import Positions
+from anert.nn import CachedPositions, Positions
 from anert.param import Spec
 
 Block = Callable[[Any, Value, Any, Positions], Value]
@@ -40,14 +40,14 @@ class _Weights:
 
 class Decoder:
     """A decoder-only language model: embedding, `n_layers` times `blocks`, RMSNorm, classifier (tied unless `tied` is
-    False).
+    False, here or in the config).
 
-    `config` is a frozen dataclass with at least dim, n_layers, vocab_size, seq_len; norm_eps and rope_theta where they
-    apply.
+    `config` is a frozen dataclass with at least dim, n_layers, vocab_size, seq_len; norm_eps, rope_theta (0: no
+    rotation), head_dim (0: dim / n_heads) and tied where they apply.
     """
 
     blocks: ClassVar[Sequence[Block]] = ()
-    tied: ClassVar[bool] = True
+    tied: bool = True
     final_norm: ClassVar[bool] = True
 
     def __init__(self, config: Any) -> None:
@@ -58,12 +58,14 @@ class Decoder:
         heads = getattr(config, "n_heads", 0)
         if heads:
             kv = getattr(config, "n_kv_heads", heads)
-            if heads < 1 or kv < 1 or config.dim % heads or heads % kv:
+            own = getattr(config, "head_dim", 0)
+            if heads < 1 or kv < 1 or own < 0 or (not own and config.dim % heads) or heads % kv:
                 raise InputError(
                     f"dim {config.dim}, n_heads {heads}, n_kv_heads {kv}: "
-                    "dim must divide by n_heads and n_heads by n_kv_heads"
+                    "dim must divide by n_heads (or head_dim be given) and n_heads by n_kv_heads"
                 )
         self.config = config
+        self.tied = bool(getattr(config, "tied", self.tied))
 
     def layer_params(self, cfg: Any) -> dict[str, Spec]:
         """Parameters of one layer by name; the same for all layers."""
@@ -91,18 +93,28 @@ class Decoder:
 
     def trace(self, block: Block, seq_len: int, batch: int) -> Function:
         """One block as a Function: inputs `x` (dim, N) and the layer parameters that it reads; output `y` (dim, N)."""
+        return self._trace(block, self.positions(seq_len, batch))
+
+    def trace_cached(self, block: Block, seq_len: int, cached: int) -> Function:
+        """The same block function for `seq_len` positions behind a cache of `cached`: see nn.CachedPositions for the
+        further inputs and outputs."""
+        return self._trace(block, CachedPositions(seq_len, cached, self.positions(1, 1).theta))
+
+    def _trace(self, block: Block, pos: Positions) -> Function:
         cfg = self.config
         name = getattr(block, "__name__", "block")
         fn = Function(name)
-        x = fn.input("x", (cfg.dim, seq_len * batch))
-        y = block(cfg, x, _Weights(fn, self.layer_params(cfg), name), self.positions(seq_len, batch))
+        x = fn.input("x", (cfg.dim, pos.seq_len * pos.batch))
+        y = block(cfg, x, _Weights(fn, self.layer_params(cfg), name), pos)
         if not isinstance(y, Value) or y.shape != x.shape:
             got = y.shape if isinstance(y, Value) else type(y).__name__
             raise ShapeError(f"block {name!r} must return a value of x's shape {x.shape}, got {got}")
         if y is x:
             raise PluginError(f"block {name!r} returns its input unchanged")
-        fn.claim("y", y)
-        return fn.returns(y)
+        outputs = {"y": y, **(pos.outputs if isinstance(pos, CachedPositions) else {})}
+        for port, value in outputs.items():
+            fn.claim(port, value)
+        return fn.returns(*outputs.values())
 
     def describe(self) -> dict[str, Any]:
         """The config as plain values, for checkpoints and reports."""

@@ -9,7 +9,6 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import json
 import math
 import re
 import textwrap
@@ -105,16 +104,10 @@ def resolve(plugin: Plugin, flags: Mapping[str, Any]) -> Job:
 
 
 def recorded_run(run_dir: Path) -> dict[str, Any]:
-    """`preset`, `config` and `options` of the newest checkpoint in a run directory (its state.json)."""
-    if not run_dir.is_dir():
-        raise InputError(f"{run_dir}: no run to resume there")
-    states = sorted(run_dir.glob("step-*/state.json"), key=lambda p: p.parent.name)
-    if not states:
-        raise InputError(f"{run_dir}: no finished checkpoint (step-*/state.json) to resume from")
-    try:
-        state = json.loads(states[-1].read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{states[-1]}: not readable as JSON: {error}") from error
+    """`preset`, `config` and `options` of the newest checkpoint in a run directory whose state.json can be read."""
+    from anert import checkpoint
+
+    state = checkpoint.recorded_state(run_dir)
     return {name: state[name] for name in ("preset", "config", "options") if name in state}
 
 

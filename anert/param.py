@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,6 +126,8 @@ class ParamStore(Mapping[str, Param]):
         self.master = self._buffer()
         self.grads = self._buffer() if train else None
         moments = (self._buffer(), self._buffer()) if train else None
+        self.flats = [self.master, *(moments or ())]
+        """What a checkpoint holds: masters and, in training, both moments; flat, fp32."""
         for name, spec in specs.items():
             p = self._params[name] = Param(name, spec, self._view(self.master, name, spec))
             if self.grads is not None and moments is not None:
@@ -175,16 +177,47 @@ class ParamStore(Mapping[str, Param]):
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Copy tensors of the same names and sizes into the masters. InputError names what is missing or misshapen."""
         for name, p in self.items():
-            if name not in tensors:
-                raise InputError(f"the checkpoint has no tensor {name!r} that this model needs")
-            source = np.asarray(tensors[name])
-            if source.size != p.spec.size:
-                raise InputError(f"tensor {name!r} is {source.shape} in the checkpoint, the model needs {p.spec.shape}")
-            p.master[...] = source.reshape(p.spec.shape)
+            p.master[...] = self._tensor(tensors, name)
+
+    def adopt(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """As `load`, for weights that will not change: masters become views of the tensors where these are float32, so
+        that a mapped file is read once, on its way into the fp16 copies."""
+        for name, p in self.items():
+            p.master = np.ascontiguousarray(self._tensor(tensors, name), np.float32)
+
+    def _tensor(self, tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+        """The tensor of this name in its parameter's shape."""
+        if name not in tensors:
+            raise InputError(f"the checkpoint has no tensor {name!r} that this model needs")
+        source, spec = np.asarray(tensors[name]), self[name].spec
+        if source.dtype.kind not in "fiu" and source.dtype.name != "bfloat16":
+            raise InputError(f"tensor {name!r} is {source.dtype} in the checkpoint: expected floating-point numbers")
+        if source.size != spec.size:
+            raise InputError(f"tensor {name!r} is {source.shape} in the checkpoint, the model needs {spec.shape}")
+        return source.reshape(spec.shape)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Name -> master, as saved: vectors (n, 1) as (n,)."""
-        return {name: p.master[:, 0] if p.cols == 1 else p.master for name, p in self.items()}
+        return self.named(self.flats)[0]
+
+    def named(self, flats: Sequence[np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """(weights, moments `<name>.m` and `<name>.v`) as views of buffers laid out as `flats`: vectors (n, 1) as
+        (n,)."""
+
+        def view(flat: np.ndarray, p: Param) -> np.ndarray:
+            found = self._view(flat, p.name, p.spec)
+            return found[:, 0] if p.cols == 1 else found
+
+        weights = {name: view(flats[0], p) for name, p in self.items()}
+        kinds = list(zip(("m", "v"), flats[1:], strict=False))
+        return weights, {f"{name}.{kind}": view(flat, p) for name, p in self.items() for kind, flat in kinds}
+
+    def load_moments(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """Copy moments that `named` gave back. InputError names what is missing or misshapen."""
+        for name, moment in self.named(self.flats)[1].items():
+            if name not in tensors or tensors[name].size != moment.size:
+                raise InputError(f"the checkpoint has no optimizer state {name!r} of {moment.size:,} numbers")
+            moment[...] = tensors[name].reshape(moment.shape)
 
     def sync(self) -> int:
         """Write every master to its copies; returns how many weights were clamped to +-65504."""

@@ -5,6 +5,7 @@ A UI is anything with show, interrupt, restore, overhead_ms and close; the rich 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -239,7 +240,8 @@ def log_line(event: ev.Event) -> str:
             best = ", the best so far" if event.best else ""
             return f"validation at step {count(event.step)}: loss {event.loss:.4f} on {si(event.tokens)} tokens{best}"
         case ev.Saved():
-            return f"saved {event.path}{' (best)' if event.best else ''} in {event.ms:.0f} ms"
+            waited = f", training waited {event.stall_ms:.1f} ms" if event.stall_ms >= 1 else ""
+            return f"saved {event.path}{' (best)' if event.best else ''} in {event.ms:.0f} ms{waited}"
         case ev.Sampled():
             return f"story at step {count(event.step)} ({event.ms:.0f} ms)"
     return ""
@@ -249,7 +251,8 @@ REASONS = {
     "steps": "done: all steps",
     "time": "done: the time budget is spent",
     "interrupted": "interrupted and saved",
-    "diverged": "stopped: the loss is not finite; the last good checkpoint is kept",
+    "diverged": "stopped: training diverged; the last good checkpoint is kept",
+    "unsaved": "ended, and the last steps are not saved: the disk refused them; the older checkpoints are kept",
 }
 
 
@@ -331,7 +334,8 @@ class EventLog:
 
     def close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+                self._file.close()
 
 
 def follow(events: Iterable[ev.Event], ui: UI, log: EventLog, on_lost: Callable[[], None] = lambda: None) -> ev.RunDone:

@@ -8,15 +8,15 @@ with surface.lock():
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from anert.errors import ShapeError
-from anert.ffi import call, load
+from anert.errors import ShapeError, StateError
+from anert.ffi import call, error, load
 
 
 class Heap:
@@ -146,3 +146,33 @@ def locked(written: Iterable[Surface], read: Iterable[Surface] = ()) -> Iterator
     finally:
         for surface, read_only in reversed(held):
             surface.release(read_only)
+
+
+class Hold:
+    """The surfaces of a run, taken together: `reads` shared, `writes` exclusive, all or none.
+
+    One that is read and written counts as written. Names are for the error.
+    """
+
+    __slots__ = ("_args", "_err", "_keep", "_lib", "_names", "_which")
+
+    def __init__(self, reads: Mapping[str, Surface], writes: Mapping[str, Surface]) -> None:
+        native = load()
+        self._lib, self._err = native.lib, error()
+        written = {s.handle: name for name, s in writes.items()}
+        read = {s.handle: name for name, s in reads.items() if s.handle not in written}
+        handles = native.ffi.new("anert_surface *[]", [*read, *written])
+        self._args = (handles, len(handles), len(read))
+        self._names = [*read.values(), *written.values()]
+        self._which = native.ffi.new("int32_t *")
+        self._keep = (dict(reads), dict(writes))
+
+    def take(self) -> None:
+        """Raises StateError, with the name of a surface that somebody holds, and takes none then."""
+        if self._lib.anert_surface_hold(*self._args, self._which, self._err):
+            text = load().ffi.string(self._err.message).decode()
+            raise StateError(f"port {self._names[self._which[0]]!r}: {text}")
+
+    def release(self) -> None:
+        """Let go; the seeds of what was written advance."""
+        self._lib.anert_surface_release(*self._args)

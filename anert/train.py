@@ -11,16 +11,23 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from anert.errors import AnertError, InputError
+from anert.errors import AnertError, InputError, NonFiniteError
 from anert.events import Event, Notice, Progress, RunDone, RunStarted, Sampled, Saved, StepDone, Validated
+from anert.health import Health
 
 if TYPE_CHECKING:
+    from anert.checkpoint import Checkpoint
     from anert.plugin import Plugin
+    from anert.saver import Saver
 
 T = TypeVar("T")
-MAX_SKIPPED = 30
-"""Steps in a row that may overflow before a run counts as diverged: enough for the scale to fall from 2^24 to under
-1."""
+SAMPLE_WIDTHS = (1, 32)
+"""Programs for the samples during training: prompts are short."""
+RETRY_S = 30.0
+"""Seconds until a save that the disk refused is tried again."""
+
+LAST_TRIES = 3
+"""Tries of a run's last save, a second apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,14 @@ class TrainOptions:
     """Global gradient norm; 0 turns clipping off."""
     loss_scale: str = "dynamic"
     """`dynamic`, or a number."""
+    scale_window: int = 500
+    """Steps without overflow after which the dynamic loss scale doubles."""
+    patience: int = 30
+    """Steps in a row that may be skipped (overflow, nan, spike) before the run goes back to its last checkpoint."""
+    spike: float = 8.0
+    """Skip a step whose loss is this many deviations, and a quarter, above its running mean; 0: none."""
+    rollbacks: int = 2
+    """How often a run may go back before it stops as diverged."""
     seed: int = 1337
     data: str = ""
     """Text or token file; empty: the plugin's own corpus."""
@@ -120,12 +135,23 @@ class Trainer:
             options,
             stop,
         )
-        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.step = self.skipped = self.rolled_back = 0
         self.val_first = self.val_loss = self.best_val = self.train_loss = math.nan
-        self.saved_step, self.saved_path = -1, ""
+        self.saved_step, self.saved_path, self.due_step = -1, "", -1
+        self.best_on_disk = self.saving_best = math.nan
+        """Validation loss of the best checkpoint, and of the one that is being written."""
+        self.retry_at = math.inf
+        self.health = Health(options.patience, options.spike)
+        self.why = self.where = self.sick = ""
+        """Of the last unusable step: what was wrong and where; and what is wrong with weights that were not saved."""
+        self.ended = False
+        self.moved = True
+        """A step was usable since the run began or went back."""
         self.trained_s = 0.0
         self.step_ms: list[float] = []
         self.ui_ms = 0.0
+
+    saver: Saver
 
     # ---- preparation
 
@@ -133,12 +159,13 @@ class Trainer:
         from anert.inputs import estimate_run, open_data, open_weights, run_dir
         from anert.param import ParamStore
         from anert.runtime import Runtime
+        from anert.saver import Saver
 
         o = self.options
         self.rt = Runtime(o.backend, o.precision, o.layout, o.threads, o.compile_budget)
         yield Notice("info", self.rt.note)
         self.out = run_dir(self.plugin.name, self.preset.name, o)
-        weights = yield from open_weights(self.plugin, self.config, o, self.out)
+        weights = yield from open_weights(self.plugin, self.preset, self.config, o, self.out)
         self.config = weights.config
         self.data = yield from open_data(self.plugin, self.preset, self.config, o, self.out, weights)
         self.config = self.data.config
@@ -154,16 +181,19 @@ class Trainer:
         self._optimizer()
         if weights.checkpoint is not None:
             self._restore(weights.checkpoint)
+            self.batches.load_state_dict(weights.checkpoint.state["data"])
         self.store.sync()
+        self.saver = Saver(self.store, self.out, self.data.tokenizer, o.keep)
 
     def _networks(self) -> Iterator[Event]:
+        from anert.decode import Session
         from anert.network import Network
 
         o, cfg = self.options, self.config
 
-        def build(progress: Callable[[float, float], None]) -> tuple[Network, Network]:
+        def build(progress: Callable[[float, float], None]) -> tuple[Network, Session]:
             train = Network(self.rt, self.model, self.store, cfg.seq_len, o.batch, True, progress)
-            return train, Network(self.rt, self.model, self.store, cfg.seq_len, 1, False, progress)
+            return train, Session(self.rt, self.model, self.store, widths=SAMPLE_WIDTHS, on_compile=progress)
 
         self.net, self.sampler = yield from waited("compile kernels", "kernels", build)
 
@@ -176,7 +206,7 @@ class Trainer:
             raise InputError(f"--optimizer {o.optimizer!r} is not known: choose {', '.join(known)}")
         self.optimizer = known[o.optimizer](self.store, o.beta1, o.beta2, o.eps, o.weight_decay)
         self.schedule = warmup_cosine(o.lr, o.min_lr, o.warmup, o.steps)
-        self.scale = LossScale(o.loss_scale)
+        self.scale = LossScale(o.loss_scale, o.scale_window)
         self.batches = self.data.dataset.train_batches(o.batch, o.seed)
 
     # ---- state
@@ -186,47 +216,111 @@ class Trainer:
         return {
             "plugin": self.plugin.name, "preset": self.preset.name, "config": self.model.describe(),
             "options": dataclasses.asdict(self.options), "optimizer_t": self.optimizer.t,
-            "scaler": self.scale.state_dict(),
+            "scaler": self.scale.state_dict(), "health": self.health.state_dict(), "rolled_back": self.rolled_back,
             "data": self.batches.state_dict(), "skipped": self.skipped, "trained_s": self.trained_s,
             "train_loss": self.train_loss, "val_first": self.val_first, "val_loss": self.val_loss,
             "best_val": self.best_val,
         }  # fmt: skip
 
-    def _restore(self, checkpoint: Any) -> None:
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Everything of a checkpoint but its weights and its place in the data."""
         state = checkpoint.state
         self.step = checkpoint.step
         self.saved_step, self.saved_path = checkpoint.step, str(checkpoint.path)
-        self.optimizer.t = int(state["optimizer_t"])
-        self.scale.load_state_dict(state["scaler"])
-        self.batches.load_state_dict(state["data"])
-        self.skipped = int(state["skipped"])
-        self.trained_s = float(state["trained_s"])
+        try:
+            self.optimizer.t = int(state["optimizer_t"])
+            self.scale.load_state_dict(state["scaler"])
+            self.health.load_state_dict(state["health"])
+            self.skipped, self.rolled_back = int(state["skipped"]), int(state["rolled_back"])
+            self.trained_s = float(state["trained_s"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{checkpoint.path}: state.json does not say how to go on ({error}): --init {checkpoint.path} takes "
+                "its weights alone"
+            ) from None
         for name in ("train_loss", "val_first", "val_loss", "best_val"):
             value = state.get(name)
             setattr(self, name, math.nan if value is None else float(value))
-        for name, p in self.store.items():
-            for kind, moment in (("m", p.m), ("v", p.v)):
-                if f"{name}.{kind}" in checkpoint.optim and moment is not None:
-                    moment[...] = checkpoint.optim[f"{name}.{kind}"].reshape(moment.shape)
+        self.best_on_disk = self.best_val
+        self.store.load_moments(checkpoint.optim)
 
-    def save(self, best: bool) -> Saved:
+    def save(self, best: bool = False) -> Iterator[Event]:
+        """Begin a save; `_saved` tells what became of it. Weights under suspicion are not saved."""
+        yield from self._saved(wait=True)
+        if self.health.suspect or self.sick:
+            return
+        if self.saved_path and not self.out.is_dir():
+            yield Notice("warning", f"{self.out} has vanished with the checkpoints in it: made anew")
+        self.saving_best, self.retry_at = self.best_val, math.inf
+        self.saver.save(self.step, self.state(), best)
+        self.due_step = self.step
+
+    def _saved(self, wait: bool = False) -> Iterator[Event]:
+        """How the save under way ended, if it did. One that failed is due again, with the weights as they then are."""
+        done = self.saver.finished(wait)
+        if done is None:
+            return
+        if done.path is not None:
+            self.saved_step, self.saved_path = done.step, str(done.path)
+            if done.best:
+                self.best_on_disk = self.saving_best
+            yield Saved(done.step, str(done.path), done.best, done.ms, done.stall_ms)
+            return
+        if not isinstance(done.error, AnertError):
+            raise done.error or AssertionError("a save ended with neither path nor error")
+        self.due_step = self.saved_step
+        if done.best:
+            self.best_val = self.best_on_disk
+        if done.sick:
+            self.sick = str(done.error)
+            return
+        self.retry_at = time.monotonic() + RETRY_S
+        then = "trying again" if self.ended else f"training goes on, next try in {RETRY_S:.0f} s"
+        yield Notice("warning", f"step {done.step} is not saved: {done.error}; {then}")
+
+    def _roll_back(self) -> Iterator[Event]:
+        """Go back to the last good checkpoint, and on with the data that follow. NonFiniteError when that is no use.
+
+        A checkpoint from which no step was usable is not good: the next time the one before it is taken.
+        """
         from anert import checkpoint
 
-        start = time.perf_counter()
-        moments = ((name, kind, getattr(p, kind)) for name, p in self.store.items() for kind in ("m", "v"))
-        optim = {f"{name}.{kind}": value for name, kind, value in moments if value is not None}
-        path = checkpoint.save(self.out, self.step, self.store.tensors(), optim, self.state(), self.data.tokenizer,
-                               best=best, keep=self.options.keep)  # fmt: skip
-        self.saved_step, self.saved_path = self.step, str(path)
-        return Saved(self.step, str(path), best, (time.perf_counter() - start) * 1e3)
+        o = self.options
+        yield from self._saved(wait=True)
+        why = f"step {self.step}: {self.sick or f'{self.health.bad} steps in a row were not usable ({self.why})'}"
+        if self.rolled_back >= o.rollbacks or self.saved_step < 0:
+            back = f" after going back {self.rolled_back} times" if self.rolled_back else ""
+            raise NonFiniteError(f"{why}{back}. {self._kept()}: lower --lr or raise --warmup")
+        try:
+            found = checkpoint.load(self.out, before=None if self.moved else self.saved_step)
+        except InputError as error:
+            raise NonFiniteError(f"{why}, and there is no way back ({error}): lower --lr or raise --warmup") from None
+        for path in checkpoint.set_aside(self.out, found.step):
+            yield Notice("info", f"{path}: what led astray, kept for a look at it")
+        skipped, again, trained_s = self.skipped, self.rolled_back + 1, self.trained_s
+        self.store.load(found.model)
+        self._restore(found)
+        self.store.sync()
+        self.skipped, self.rolled_back, self.trained_s = skipped, again, trained_s
+        self.due_step, self.sick, self.moved = self.step, "", False
+        yield Notice("warning", f"{why}: back to {found.path}, on with the data that follow ({again} of {o.rollbacks} "
+                                "times)")  # fmt: skip
 
     # ---- the loop
 
     def run(self) -> Iterator[Event]:
+        try:
+            yield from self._run()
+        finally:
+            if hasattr(self, "saver"):
+                self.saver.close()
+
+    def _run(self) -> Iterator[Event]:
         yield from self.prepare()
         yield self._started()
         reason = "steps"
-        yield from self._validate()
+        if math.isnan(self.val_first):
+            yield from self._validate()
         begin = time.perf_counter() - self.trained_s
         self._begin = begin
         while self.step < self.options.steps:
@@ -237,15 +331,19 @@ class Trainer:
             if budget and time.perf_counter() - begin >= budget:
                 reason = "time"
                 break
+            event = self.train_step()
+            shown = time.perf_counter()
+            yield event
+            if self.health.suspect and self.health.bad == 1:
+                yield Notice("warning", f"step {self.step} is left out: {self.why}")
+            yield from self._between()
             try:
-                event = self.train_step()
+                if self.health.exhausted or self.sick:
+                    yield from self._roll_back()
             except AnertError as error:
                 yield Notice("error", str(error))
                 reason = "diverged"
                 break
-            shown = time.perf_counter()
-            yield event
-            yield from self._between()
             self.ui_ms = (time.perf_counter() - shown) * 1e3 - self._between_ms
         self.trained_s = time.perf_counter() - begin
         yield from self._finish(reason)
@@ -266,8 +364,7 @@ class Trainer:
         )  # fmt: skip
 
     def train_step(self) -> StepDone:
-        """One optimizer step. NonFiniteError when the forward itself is not finite, or overflows never end."""
-        from anert.errors import NonFiniteError
+        """One optimizer step; its update is left out where the step is not usable (`health` says why)."""
         from anert.runtime import rss_bytes
 
         o, net = self.options, self.net
@@ -280,39 +377,33 @@ class Trainer:
             tokens, targets = next(self.batches)
             data_ms += (time.perf_counter() - fetch) * 1e3
             loss = net.loss_backward(tokens, targets, self.scale.scale)
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"step {self.step}: the loss is {loss}; first in {net.name_nonfinite()}. "
-                    f"{self._kept()}: lower --lr or raise --warmup"
-                )
+            if not math.isfinite(loss) and math.isfinite(losses) and not self.health.bad:
+                self.where = f", first in {net.name_nonfinite()}"
             losses += loss
         begin = time.perf_counter()
         norm, finite = self.optimizer.grad_norm()
         norm /= o.grad_accum
-        lr, clamped, scale = self.schedule(self.step), 0, self.scale.scale
-        if finite:
-            factor = min(1.0, o.clip / (norm + 1e-6)) if o.clip else 1.0
-            clamped = self.optimizer.step(lr, factor / o.grad_accum)
-            self.train_loss = losses / o.grad_accum
-            self.skipped_in_a_row = 0
-        else:
+        loss, lr, clamped, scale = losses / o.grad_accum, self.schedule(self.step), 0, self.scale.scale
+        why = self.health.judge(loss, finite)
+        if why:
+            self.why = why + (self.where if not math.isfinite(loss) else "")
             self.skipped += 1
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row > MAX_SKIPPED or not self.scale.dynamic:
-                raise NonFiniteError(
-                    f"step {self.step}: gradients overflow at loss scale {scale:g} "
-                    f"for {self.skipped_in_a_row} steps. {self._kept()}"
-                )
-        self.scale.update(finite)
+        else:
+            factor = min(1.0, o.clip / (norm + 1e-6)) if o.clip else 1.0
+            self.saver.settle()
+            clamped = self.optimizer.step(lr, factor / o.grad_accum)
+            self.train_loss, self.moved, self.where = loss, True, ""
+        if math.isfinite(loss):
+            self.scale.update(finite)
         self.step += 1
         now = time.perf_counter()
         step_ms = (now - start) * 1e3
         self.step_ms.append(step_ms)
         tokens_done = o.batch * o.grad_accum * self.config.seq_len
-        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "sync": 0.0, "dashboard": self.ui_ms}
+        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "dashboard": self.ui_ms}
         elapsed = now - self._begin
         return StepDone(
-            step=self.step, loss=losses / o.grad_accum, lr=lr, grad_norm=norm, loss_scale=scale, skipped=not finite,
+            step=self.step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=bool(why),
             tokens=tokens_done, step_ms=step_ms, ms=ms, flops=net.flops * o.grad_accum,
             tokens_per_s=tokens_done / step_ms * 1e3,
             elapsed_s=elapsed, eta_s=self._eta(elapsed), rss_bytes=rss_bytes(), compiles=self.rt.backend.compiles,
@@ -334,12 +425,14 @@ class Trainer:
         """What is due after this step: validation, a sample, a checkpoint."""
         o, start = self.options, time.perf_counter()
         due = self.step < o.steps
+        yield from self._saved()
         if due and o.eval_every and self.step % o.eval_every == 0:
             yield from self._validate()
         if due and o.sample_every and self.step % o.sample_every == 0:
             yield self._sample()
-        if due and o.save_every and self.step % o.save_every == 0 and self.saved_step != self.step:
-            yield self.save(best=False)
+        every = o.save_every and self.step % o.save_every == 0
+        if due and (every or time.monotonic() >= self.retry_at) and self.due_step != self.step:
+            yield from self.save()
         self._between_ms = (time.perf_counter() - start) * 1e3
 
     def _validate(self) -> Iterator[Event]:
@@ -354,35 +447,53 @@ class Trainer:
         self.val_loss = total / count
         if math.isnan(self.val_first):
             self.val_first = self.val_loss
-        best = not self.val_loss >= self.best_val
+        best = math.isfinite(self.val_loss) and not self.val_loss >= self.best_val
         if best:
             self.best_val = self.val_loss
         yield Validated(self.step, self.val_loss, count, best, (time.perf_counter() - start) * 1e3)
-        if best and self.step and math.isfinite(self.val_loss):
-            yield self.save(best=True)
+        if best and self.step:
+            yield from self.save(best=True)
 
     def _sample(self, max_tokens: int = 200, seconds: float = 1.0) -> Sampled:
-        from anert.sample import Sampler, continue_text
+        from anert.events import Text
+        from anert.sample import Limits, tell
+        from anert.sampler import Sampler
 
         start = time.perf_counter()
         settings = Sampler(temperature=0.8, top_k=50, seed=self.options.seed)
-        text = "".join(
-            continue_text(
-                lambda _: self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, max_tokens, seconds
-            )
+        told = tell(
+            self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, Limits(max_tokens, seconds)
         )
+        text = "".join(event.text for event in told if isinstance(event, Text))
         return Sampled(self.step, text, (time.perf_counter() - start) * 1e3)
 
     def _finish(self, reason: str) -> Iterator[Event]:
+        self.ended = True
+        yield from self._saved(wait=True)
         if reason != "diverged" and self.step > self.saved_step:
             if reason != "interrupted":
                 yield from self._validate()
-            if self.step > self.saved_step:
-                yield self.save(best=False)
+            yield from self._save_last()
+            if math.isfinite(self.retry_at):
+                reason = "unsaved"
+            elif self.step > self.saved_step:
+                yield Notice("warning", f"the last {self.health.bad} steps were not usable, so not saved ({self.why}). "
+                                        f"{self._kept()}")  # fmt: skip
             if reason != "interrupted" and self.options.sample_every:
-                yield self._sample(seconds=5.0)
+                yield self._sample(500, seconds=5.0)  # a whole story
         yield RunDone(reason, self.summary())
         self.rt.close()
+
+    def _save_last(self) -> Iterator[Event]:
+        """Save where the run ended; what the disk refuses is tried again, not for ever."""
+        for left in reversed(range(LAST_TRIES)):
+            yield from self._saved(wait=True)
+            if self.step > self.saved_step:
+                yield from self.save()
+                yield from self._saved(wait=True)
+            if self.step <= self.saved_step or not math.isfinite(self.retry_at) or not left:
+                return
+            time.sleep(1.0)
 
     def summary(self) -> dict[str, Any]:
         """The keys of design.md section 11."""
@@ -397,6 +508,7 @@ class Trainer:
             "best_val_loss": self.best_val, "compiles": self.rt.backend.compiles,
             "kernels": self.net.kernels + self.sampler.kernels,
             "tokens_per_s": tokens / median * 1e3, "ms_per_step": median, "skipped_steps": self.skipped,
+            "rollbacks": self.rolled_back,
             "checkpoint": self.saved_path, "backend": self.rt.backend.name, "precision": self.rt.precision,
             "threads": self.rt.pool.threads, "rss_mb": rss_bytes() / 2**20, "out": str(self.out),
         }  # fmt: skip

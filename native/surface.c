@@ -295,3 +295,22 @@ anert_status anert_surface_unlock(anert_surface *surface, int32_t read_only, ane
     } while (!atomic_compare_exchange_weak(&surface->lock, &held, read_only ? held - 1 : 0));
     return ANERT_OK;
 }
+
+anert_status anert_surface_hold(anert_surface *const *surfaces, int32_t n, int32_t reads, int32_t *which,
+                                anert_error *err) {
+    for (int32_t i = 0; i < n; i++) {
+        anert_status status = anert_surface_lock(surfaces[i], i < reads, err);
+        if (status == ANERT_OK) continue;
+        for (int32_t j = 0; j < i; j++) { /* not release: nothing was written, so no seed advances */
+            if (j < reads) atomic_fetch_sub(&surfaces[j]->lock, 1);
+            else atomic_store(&surfaces[j]->lock, 0);
+        }
+        if (which != NULL) *which = i;
+        return status;
+    }
+    return ANERT_OK;
+}
+
+void anert_surface_release(anert_surface *const *surfaces, int32_t n, int32_t reads) {
+    for (int32_t i = 0; i < n; i++) (void)anert_surface_unlock(surfaces[i], i < reads, NULL);
+}

@@ -29,6 +29,8 @@ class Config:
     seq_len: int = 256
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    head_dim: int = 0  # 0: dim / n_heads
+    tied: bool = True  # the classifier is the embedding
 
 
 def attention(cfg, x, w, pos):  # x (dim, N)
@@ -55,13 +57,14 @@ class Stories(Decoder):
     blocks = (attention, ffn)
 
     def layer_params(self, cfg):
-        kv, out = cfg.dim // cfg.n_heads * cfg.n_kv_heads, 0.02 / (2 * cfg.n_layers) ** 0.5
+        hd, out = cfg.head_dim or cfg.dim // cfg.n_heads, 0.02 / (2 * cfg.n_layers) ** 0.5
+        q, kv = hd * cfg.n_heads, hd * cfg.n_kv_heads
         return {
             "attn_norm": Spec.ones(cfg.dim),
-            "wq": Spec.normal(cfg.dim, cfg.dim),
+            "wq": Spec.normal(q, cfg.dim),
             "wk": Spec.normal(kv, cfg.dim),
             "wv": Spec.normal(kv, cfg.dim),
-            "wo": Spec.normal(cfg.dim, cfg.dim, std=out),  # residual outputs start smaller (Radford et al. 2019)
+            "wo": Spec.normal(cfg.dim, q, std=out),  # residual outputs start smaller (Radford et al. 2019)
             "ffn_norm": Spec.ones(cfg.dim),
             "w1": Spec.normal(cfg.hidden_dim, cfg.dim),
             "w2": Spec.normal(cfg.dim, cfg.hidden_dim, std=out),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from fake_ane import fake_ane  # noqa: F401
 
 # Two cores shared with other work: time is no property of a result. CI draws the same examples every time.
 hypothesis.settings.register_profile(
@@ -14,6 +15,10 @@ hypothesis.settings.register_profile(
     derandomize=bool(os.environ.get("CI")),
 )
 hypothesis.settings.load_profile("anert")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", type=int, default=0, metavar="N", help="kills of the crash test [25]")
 
 
 @pytest.fixture(scope="session")

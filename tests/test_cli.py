@@ -156,7 +156,11 @@ def test_resume_goes_on_with_what_was_recorded(fake: str) -> None:
         folder = Path(f"r/step-{step:08}")
         folder.mkdir(parents=True)
         state = {"preset": "tiny", "config": {"dim": 64, "sizes": [3]}, "options": {"lr": lr, "steps": 9, "out": "old"}}
-        (folder / "state.json").write_text(json.dumps(state))
+        own = {"format_version": 1, "step": step, "files": {"model.safetensors": {}}}
+        (folder / "state.json").write_text(json.dumps({**own, **state}))
+    damaged = Path("r/step-00000030")
+    damaged.mkdir()
+    (damaged / "state.json").write_text("{")
     job = options.resolve(load(fake), {"resume": "r", "steps": 50})
     assert (job.options.lr, job.options.steps, job.options.init, job.options.out) == (0.7, 50, "resume", "r")
     assert (job.config.dim, job.config.sizes) == (64, (3,))

@@ -20,7 +20,7 @@ PLUGINS = sorted((ROOT / "plugins").glob("*.py"))
 NATIVE = sorted(p for p in (ROOT / "native").rglob("*") if p.suffix in (".c", ".h", ".m"))
 
 LAYERS = (
-    ("errors", "capabilities", "events", "plot"),
+    ("errors", "capabilities", "events", "files", "plot"),
     ("ffi",),
     ("surface",),
     ("mil.graph",),
@@ -30,12 +30,13 @@ LAYERS = (
     ("kernel",),
     ("backend",),
     ("probes",),
-    ("param", "nn", "tokenizer"),
-    ("optim", "model", "data", "formats", "plugin", "head", "schedule"),
+    ("param", "nn", "tokenizer", "sampler"),
+    ("optim", "model", "data", "plugin", "head", "health", "schedule"),
     ("runtime", "blocks"),
-    ("network", "checkpoint", "dist"),
+    ("network", "checkpoint", "saver", "dist"),
+    ("decode", "formats", "numpy_llama"),
     ("train", "inputs", "sample"),
-    ("evaluate", "bench", "estimate", "convert", "verify", "doctor"),
+    ("evaluate", "bench", "estimate", "convert", "inspect", "verify", "doctor"),
     ("report", "options", "scaffold"),
     ("board",),
     ("dashboard",),
@@ -44,7 +45,7 @@ LAYERS = (
 )
 """Bottom to top. A module may import what is below it, and its own room; `a.b` stands for a module or a package."""
 
-ROOMS = {"inputs": "train", "sample": "train"}
+ROOMS = {"inputs": "train", "sample": "train", "saver": "checkpoint"}
 """Modules that are one room with another: its other files."""
 
 FILE_LINES, FUNCTION_LINES = 600, 60
@@ -61,7 +62,7 @@ ONLY = {
 }
 """Top-level modules that only these modules of anert may import."""
 
-C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head")
+C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head", "decode")
 """Modules that may name a function of the native library (`lib.anert_...`)."""
 
 

@@ -7,6 +7,7 @@ nothing rounds, not even ports: what finite differences need.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from anert.errors import InputError, ShapeError, StateError
 from anert.mil.graph import DTYPES, Function, Op, TensorType, Value
 from anert.mil.ops import lookup
 from anert.mil.ops.table import types_of
-from anert.surface import Heap, Surface
+from anert.surface import Heap, Hold, Surface
 
 PRECISIONS = ("exact", "fp16", "float64")
 CONTRACTION_LIMIT = 32752.0
@@ -180,25 +181,32 @@ class ReferenceBinding(Binding):
 
     def __init__(self, program: ReferenceProgram, surfaces: Mapping[str, Surface]) -> None:
         self.program, self.surfaces = program, dict(surfaces)
-        self._running = False
+        reads = {p.name: surfaces[p.name] for p in program.inputs}
+        self._hold = Hold(reads, {p.name: surfaces[p.name] for p in program.outputs})
+        self._busy = threading.Lock()
 
     def run(self) -> None:
         """Evaluate once, from the input surfaces to the output surfaces."""
-        if self._running:
-            raise StateError("this binding is running: wait for it or make another")
-        self._running = True
+        if not self._busy.acquire(blocking=False):
+            raise StateError("this Binding is already running: bind the program a second time to run it twice at once")
         try:
-            program = self.program
-            inputs = {}
-            for p in program.inputs:
-                with self.surfaces[p.name].lock(read_only=True) as s:
-                    inputs[p.name] = s.array(DTYPES[p.type.dtype], p.type.shape).copy()
-            outputs = evaluate(program.function, inputs, program.precision, overflows=program.overflows)
-            for p in program.outputs:
-                with self.surfaces[p.name].lock() as s:
-                    s.array(DTYPES[p.type.dtype], p.type.shape)[...] = outputs[p.name]
+            self._hold.take()
+            try:
+                self._evaluate()
+            finally:
+                self._hold.release()
         finally:
-            self._running = False
+            self._busy.release()
+
+    def _evaluate(self) -> None:
+        program = self.program
+        inputs = {p.name: self._array(p).copy() for p in program.inputs}
+        outputs = evaluate(program.function, inputs, program.precision, overflows=program.overflows)
+        for p in program.outputs:
+            self._array(p)[...] = outputs[p.name]
+
+    def _array(self, port: Port) -> np.ndarray:
+        return self.surfaces[port.name].array(DTYPES[port.type.dtype], port.type.shape)
 
 
 class ReferenceProgram(Program):

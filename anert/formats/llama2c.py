@@ -1,178 +1,157 @@
-"""llama2.c's v0 model file ("legacy", export.py): what its run.c reads.
+"""llama2.c's model files: v0 (what run.c reads), v1, and v2 (Q8_0, what runq.c reads). Layouts: its export.py.
 
-Header: int32 dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size (negative: untied classifier), seq_len. Then
-float32 tensors, (out, in) row by row, each kind for all layers before the next kind; behind the final norm lie two
-tables of RoPE angles that nothing reads, then an untied classifier. No magic: header and size must agree to the byte.
+v0: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; a negative vocab_size means an
+untied classifier), then float32 tensors, each kind for all layers before the next kind; behind the final norm lie two
+tables of RoPE angles that nothing reads. No magic: header and size must agree to the byte.
+
+v1, v2: 256 bytes of header (magic, version, the seven fields, a byte for tied, in v2 an unaligned int32 group size),
+then all norms, then embedding and matrices: float32 in v1; in v2 each tensor as int8 values and float32 scales.
 """
 
 from __future__ import annotations
 
-import os
+import math
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anert.errors import InputError
+from anert.formats.base import (
+    LAYER,
+    Array,
+    Entry,
+    LlamaConfig,
+    Pretrained,
+    Tensors,
+    in_memory,
+    map_bytes,
+    read_head,
+    writing,
+)
 
-HEADER = struct.Struct("<7i")
 MAGIC = 0x616B3432
-"""First word of llama2.c's v1 and v2 files."""
-
-THETA = 10000.0
-LARGEST_FIELD = 1 << 24
+HEADER, VERSIONED = struct.Struct("<7i"), struct.Struct("<Ii7iB")
+VERSIONED_BYTES = 256
+GROUP_SIZE = 64
+THETA, NORM_EPS = 10000.0, 1e-5
+"""What run.c computes with: the files cannot say anything else."""
 
 TABLES = ("freqs_cos", "freqs_sin")
-"""The RoPE tables: part of the file, dead weight in it."""
+"""v0's RoPE tables: part of the file, dead weight in it."""
 
-Tensors = dict[str, NDArray[np.float32]]
-
-
-@dataclass(frozen=True, slots=True)
-class LlamaConfig:
-    """The header's fields. tied: the classifier is the embedding."""
-
-    dim: int
-    hidden_dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    vocab_size: int
-    seq_len: int
-    tied: bool = True
-
-    @property
-    def head_dim(self) -> int:
-        return self.dim // self.n_heads
-
-    def problem(self) -> str:
-        """What no such model can have, or ""."""
-        for f in fields(self):
-            if f.name != "tied" and not 0 < getattr(self, f.name) <= LARGEST_FIELD:
-                return f"{f.name} = {getattr(self, f.name)}"
-        if self.dim % self.n_heads or self.head_dim % 2:
-            return f"dim = {self.dim} for {self.n_heads} heads of an even size"
-        if self.n_heads % self.n_kv_heads:
-            return f"{self.n_heads} heads over {self.n_kv_heads} key-value heads"
-        return ""
+NORMS = ("attn_norm", "ffn_norm")
 
 
-def layout(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of a model's tensors, in file order, RoPE tables included."""
-    c = config
-    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    per_layer: dict[str, tuple[int, ...]] = {
-        "attn_norm": (c.dim,),
-        "wq": (q, c.dim),
-        "wk": (kv, c.dim),
-        "wv": (kv, c.dim),
-        "wo": (c.dim, q),
-        "ffn_norm": (c.dim,),
-        "w1": (c.hidden_dim, c.dim),
-        "w2": (c.dim, c.hidden_dim),
-        "w3": (c.hidden_dim, c.dim),
-    }
-    yield "tok_embeddings", (c.vocab_size, c.dim)
-    for kind, shape in per_layer.items():
-        for i in range(c.n_layers):
-            yield f"layers.{i}.{kind}", shape
-    yield "norm", (c.dim,)
-    yield "freqs_cos", (c.seq_len, c.head_dim // 2)
-    yield "freqs_sin", (c.seq_len, c.head_dim // 2)
+def layout(config: LlamaConfig, version: int = 0) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a file's tensors, in file order, v0's tables included."""
+    c, kinds = config, config.layer_shapes()
+    embedding, norm = ("tok_embeddings", (c.vocab_size, c.dim)), ("norm", (c.dim,))
+
+    def layers(*names: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        return ((f"layers.{i}.{kind}", kinds[kind]) for kind in names for i in range(c.n_layers))
+
+    if version == 0:
+        yield embedding
+        yield from layers(*LAYER)
+        yield norm
+        yield from ((table, (c.seq_len, c.head_dim // 2)) for table in TABLES)
+    else:
+        yield from layers(*NORMS)
+        yield norm
+        yield embedding
+        yield from layers(*(kind for kind in LAYER if kind not in NORMS))
     if not c.tied:
         yield "output", (c.vocab_size, c.dim)
 
 
-def file_size(config: LlamaConfig) -> int:
-    """Bytes of a model's v0 file; by arithmetic, so that a lying header costs nothing."""
-    c = config
-    kv = c.n_kv_heads * c.head_dim
-    layer = 2 * c.dim + 2 * c.dim * c.dim + 2 * kv * c.dim + 3 * c.dim * c.hidden_dim
-    embeddings = c.vocab_size * c.dim * (1 if c.tied else 2)
-    return HEADER.size + 4 * (embeddings + c.n_layers * layer + c.dim + c.seq_len * c.head_dim)
+def file_size(config: LlamaConfig, version: int = 0, group_size: int = GROUP_SIZE) -> int:
+    """Bytes of a model's file, by arithmetic."""
+    if version == 0:
+        return HEADER.size + 4 * (config.n_params() + config.seq_len * config.head_dim)
+    if version == 1:
+        return VERSIONED_BYTES + 4 * config.n_params()
+    norms = (2 * config.n_layers + 1) * config.dim
+    matrices = config.n_params() - norms
+    return VERSIONED_BYTES + 4 * norms + matrices + 4 * (matrices // group_size)
 
 
-def sniff(path: Path | str) -> bool:
-    """Whether a file is a llama2.c v0 model: a sound header and exactly the size that follows from it."""
-    try:
-        with open(path, "rb") as f:
-            config = _config(f.read(HEADER.size))
-            return config is not None and not config.problem() and os.fstat(f.fileno()).st_size == file_size(config)
-    except OSError:
+def sniff(path: Path, head: bytes) -> bool:
+    """Whether a file is a llama2.c model: by magic, or for v0 by a sound header and exactly the size that follows."""
+    if head[:4] == MAGIC.to_bytes(4, "little"):
+        return True
+    if len(head) < HEADER.size:
         return False
+    config = _legacy(head)
+    return not config.problem() and path.stat().st_size == file_size(config)
 
 
-def read_config(path: Path | str) -> LlamaConfig:
-    """The header, checked against the file's size. Raises InputError naming what is wrong."""
-    try:
-        with open(path, "rb") as f:
-            head, size = f.read(HEADER.size), os.fstat(f.fileno()).st_size
-    except OSError as e:
-        raise InputError(f"{path}: cannot read the checkpoint: {e.strerror}") from None
-    if head.startswith(b"version https://git-lfs"[: HEADER.size]):
-        raise InputError(f"{path}: a git-lfs pointer of {size} bytes, not the checkpoint: run `git lfs pull` there")
-    config = _config(head)
-    if config is None:
+def nearly(path: Path, head: bytes) -> str:
+    """Why a file is no v0 checkpoint although its header could be one's; "" where the header is nothing like one."""
+    config = _legacy(head)
+    if config.problem() or config.n_layers > 1024 or config.seq_len > 1 << 20:
+        return ""
+    return _wrong_size(path, path.stat().st_size, config, 0, 1)
+
+
+def read(path: Path) -> Pretrained:
+    """A file of any version. Raises InputError naming what is wrong; nothing is allocated before the size is right."""
+    head, size = read_head(path, VERSIONED_BYTES)
+    if len(head) < HEADER.size:
         raise InputError(f"{path}: {size} bytes; a llama2.c checkpoint starts with a header of {HEADER.size}")
-    if struct.unpack_from("<I", head)[0] == MAGIC:
-        version = struct.unpack_from("<i", head, 4)[0]
-        raise InputError(f"{path}: llama2.c version {version}; this reader is for version 0, which has no magic")
+    version, group = 0, GROUP_SIZE
+    if head[:4] == MAGIC.to_bytes(4, "little"):
+        config, version, group = _versioned(path, head)
+    else:
+        config = _legacy(head)
     if problem := config.problem():
-        raise InputError(f"{path}: not a llama2.c v0 checkpoint: its header says {problem}")
-    if size != file_size(config):
-        needs = f"a model of its header ({_describe(config)}) has {file_size(config):,} bytes"
-        raise InputError(f"{path}: {size:,} bytes, but {needs}: truncated, or not a llama2.c v0 checkpoint")
-    return config
+        raise InputError(f"{path}: not a llama2.c v{version} checkpoint: its header says {problem}")
+    if version == 2 and (group < 1 or any(math.prod(shape) % group for _, shape in _matrices(config))):
+        raise InputError(f"{path}: group size {group} does not divide the tensors: damaged llama2.c v2 checkpoint")
+    if size != file_size(config, version, group):
+        raise InputError(_wrong_size(path, size, config, version, group))
+    entries, extra = _entries(path, config, version, group)
+    about = {"version": version} | ({"group_size": group} if version == 2 else {})
+    return Pretrained(f"v{version}", path, config.describe(), Tensors(entries), about=about, extra=extra)
 
 
-def read(path: Path | str, mmap: bool = True, tables: bool = False) -> tuple[LlamaConfig, Tensors]:
-    """(config, name -> float32 tensor); read-only views of the mapped file, or with mmap=False arrays of their own.
+def write(path: Path, model: Pretrained, version: int, group_size: int = 0) -> None:
+    """Write a file of this version, atomically. group_size (v2): 0 takes the file's own, else 64 or a half of it that
+    divides dim.
 
-    Names: `tok_embeddings`, `layers.{i}.` + `attn_norm wq wk wv wo ffn_norm w1 w2 w3`, `norm`, and `output` if untied.
-    tables: `freqs_cos` and `freqs_sin` too, for a rewrite of the same bytes. q and k rows are in llama2.c's order
-    (RoPE over adjacent pairs). Raises InputError.
+    v0's tables come with a model that was read from v0; else they are computed (PyTorch's, which llama2.c's own files
+    have, differ by a unit in the last place here and there). Raises InputError, before anything is written, for a model
+    that the format cannot say.
     """
-    config = read_config(path)
-    data = (
-        np.memmap(path, np.float32, "r", offset=HEADER.size) if mmap else np.fromfile(path, "<f4", offset=HEADER.size)
-    )
-    tensors: Tensors = {}
-    at = 0
-    for name, shape in layout(config):
-        n = int(np.prod(shape))
-        if tables or name not in TABLES:
-            tensors[name] = np.asarray(data[at : at + n]).reshape(shape)
-        at += n
-    return config, tensors
+    config = model.llama()
+    if why := unsayable(config):
+        raise InputError(f"{model.path}: llama2.c's files cannot say {why}: convert to hf or anert")
+    group = group_size or int(model.about.get("group_size", 0)) or _group_size(config)
+    if version == 2 and (group < 1 or any(math.prod(shape) % group for _, shape in _matrices(config))):
+        raise InputError(f"group size {group} does not divide this model's tensors: leave it out to have one chosen")
+    with writing(path) as f:
+        f.write(_header(config, version, group))
+        if version == 2:
+            _write_quantized(f, model, config, group)
+            return
+        tables = dict(zip(TABLES, rope_tables(config.seq_len, config.head_dim), strict=True)) if version == 0 else {}
+        for name, _ in layout(config, version):
+            array = model.extra.get(name, tables.get(name)) if name in TABLES else model.tensors[name]
+            f.write(np.ascontiguousarray(array, "<f4").data)
 
 
-def write(path: Path | str, config: LlamaConfig, tensors: Mapping[str, NDArray[Any]]) -> None:
-    """Write a v0 file, atomically: a temporary name beside it, fsynced, then renamed.
-
-    The RoPE tables may be among the tensors; else they are computed (PyTorch's, which llama2.c's own files have, differ
-    by a unit in the last place here and there). Raises InputError for a missing, surplus or misshapen tensor, before
-    anything is written.
-    """
-    _check_tensors(config, tensors)
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    vocab = config.vocab_size if config.tied else -config.vocab_size
+def unsayable(config: LlamaConfig) -> str:
+    """What of a model llama2.c's header has no field for, or ""."""
     c = config
-    tensors = dict(zip(TABLES, rope_tables(c.seq_len, c.head_dim), strict=True)) | dict(tensors)
-    try:
-        with open(temporary, "wb") as f:
-            f.write(HEADER.pack(c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, vocab, c.seq_len))
-            f.writelines(np.ascontiguousarray(tensors[name], "<f4").data for name, _ in layout(config))
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot write the checkpoint: {e.strerror}") from None
+    if c.rope_theta != THETA:
+        return f"rope_theta {c.rope_theta:g} (it is {THETA:g} there)"
+    if not math.isclose(c.norm_eps, NORM_EPS, rel_tol=1e-6):
+        return f"norm_eps {c.norm_eps:g} (it is {NORM_EPS:g} there)"
+    return "" if c.head_dim * c.n_heads == c.dim else f"head_dim {c.head_dim} (it is dim / n_heads there)"
 
 
 def rope_tables(seq_len: int, head_dim: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -183,26 +162,94 @@ def rope_tables(seq_len: int, head_dim: int) -> tuple[NDArray[np.float32], NDArr
     return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
 
 
-def _config(head: bytes) -> LlamaConfig | None:
-    if len(head) < HEADER.size:
-        return None
-    dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab, seq_len = HEADER.unpack(head)
-    return LlamaConfig(dim, hidden_dim, n_layers, n_heads, n_kv_heads, abs(vocab), seq_len, vocab > 0)
+def quantize(values: Array, group_size: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Q8_0: (values, scales) of groups along the rows: scale = max|w| / 127, to nearest even; a group of zeros has
+    scale 0."""
+    groups = np.ascontiguousarray(values, np.float32).reshape(-1, group_size)
+    scale = np.abs(groups).max(axis=1) / np.float32(127)
+    q = np.rint(np.divide(groups, scale[:, None], out=np.zeros_like(groups), where=scale[:, None] > 0))
+    return q.astype(np.int8).reshape(-1), scale
 
 
-def _describe(c: LlamaConfig) -> str:
-    heads = f"{c.n_heads}/{c.n_kv_heads} heads"
-    return f"dim {c.dim}, hidden {c.hidden_dim}, {c.n_layers} layers, {heads}, vocabulary {c.vocab_size}"
+def dequantize(q: NDArray[np.int8], scale: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """q * scale of its group."""
+    return (q.reshape(scale.size, -1).astype(np.float32) * scale[:, None]).reshape(shape)
 
 
-def _check_tensors(config: LlamaConfig, tensors: Mapping[str, NDArray[Any]]) -> None:
-    if problem := config.problem():
-        raise InputError(f"no llama2.c checkpoint can have {problem}")
-    shapes = dict(layout(config))
-    if missing := shapes.keys() - tensors.keys() - set(TABLES):
-        raise InputError(f"{len(missing)} tensors are missing, {min(missing)} among them")
-    if surplus := tensors.keys() - shapes.keys():
-        raise InputError(f"{len(surplus)} tensors have no place in a llama2.c checkpoint, {min(surplus)} among them")
-    for name, tensor in tensors.items():
-        if tensor.shape != shapes[name]:
-            raise InputError(f"{name} is {tensor.shape}, a llama2.c checkpoint of this config has {shapes[name]}")
+def _wrong_size(path: Path, size: int, config: LlamaConfig, version: int, group: int) -> str:
+    model = f"a model of its header ({config.summary()}) has {file_size(config, version, group):,} bytes"
+    return f"{path}: {size:,} bytes, but {model}: truncated, or not a llama2.c v{version} checkpoint"
+
+
+def _legacy(head: bytes) -> LlamaConfig:
+    dim, hidden, layers, heads, kv, vocab, seq_len = HEADER.unpack_from(head)
+    return LlamaConfig(dim, hidden, layers, heads, kv, abs(vocab), seq_len, vocab > 0)
+
+
+def _versioned(path: Path, head: bytes) -> tuple[LlamaConfig, int, int]:
+    if len(head) < VERSIONED_BYTES:
+        raise InputError(f"{path}: {len(head)} bytes; a llama2.c v1 or v2 checkpoint has a header of {VERSIONED_BYTES}")
+    _, version, dim, hidden, layers, heads, kv, vocab, seq_len, tied = VERSIONED.unpack_from(head)
+    if version not in (1, 2):
+        raise InputError(f"{path}: llama2.c version {version}; anert reads 0, 1 and 2")
+    config = LlamaConfig(dim, hidden, layers, heads, kv, vocab, seq_len, bool(tied))
+    return config, version, struct.unpack_from("<i", head, VERSIONED.size)[0]
+
+
+def _header(c: LlamaConfig, version: int, group: int) -> bytes:
+    fields = [c.dim, c.hidden_dim, c.n_layers, c.n_heads, c.n_kv_heads, c.vocab_size, c.seq_len]
+    if version == 0:
+        fields[5] *= 1 if c.tied else -1
+        return HEADER.pack(*fields)
+    head = VERSIONED.pack(MAGIC, version, *fields, c.tied) + (struct.pack("<i", group) if version == 2 else b"")
+    return head.ljust(VERSIONED_BYTES, b"\0")
+
+
+def _matrices(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """A layer's matrices and the embedding: what v2 quantizes, one of each shape."""
+    yield from ((kind, shape) for kind, shape in config.layer_shapes().items() if kind not in NORMS)
+    yield "tok_embeddings", (config.vocab_size, config.dim)
+
+
+def _group_size(config: LlamaConfig) -> int:
+    group = GROUP_SIZE
+    while config.dim % group:
+        group //= 2
+    return group
+
+
+def _entries(path: Path, config: LlamaConfig, version: int, group: int) -> tuple[dict[str, Entry], dict[str, Array]]:
+    data = map_bytes(path)
+    entries: dict[str, Entry] = {}
+    extra: dict[str, Array] = {}
+    at = HEADER.size if version == 0 else VERSIONED_BYTES
+    for name, shape in layout(config, version):
+        n = math.prod(shape)
+        if version == 2 and len(shape) == 2:
+            scales = n // group
+            q = extra[f"{name}.q"] = np.asarray(data[at : at + n]).view(np.int8)
+            scale = extra[f"{name}.scale"] = np.frombuffer(data, "<f4", scales, at + n)
+            entries[name] = Entry(shape, "Q8_0", partial(dequantize, q, scale, shape))
+            at += n + 4 * scales
+            continue
+        array = np.frombuffer(data, "<f4", n, at).reshape(shape)
+        if name in TABLES:
+            extra[name] = array
+        else:
+            entries[name] = in_memory(array, "F32")
+        at += 4 * n
+    return entries, extra
+
+
+def _write_quantized(f: BinaryIO, model: Pretrained, config: LlamaConfig, group: int) -> None:
+    """Norms as float32, matrices as int8 and scales: those that the model was read with where the groups are the same,
+    so that a rewrite has the same bytes (quantizing again moves a scale by a unit in the last place now and then)."""
+    for name, shape in layout(config, 2):
+        if len(shape) == 1:
+            f.write(np.ascontiguousarray(model.tensors[name], "<f4").data)
+            continue
+        q, scale = model.extra.get(f"{name}.q"), model.extra.get(f"{name}.scale")
+        if q is None or scale is None or q.size != scale.size * group:
+            q, scale = quantize(model.tensors[name], group)
+        f.write(np.ascontiguousarray(q).data)
+        f.write(np.ascontiguousarray(scale, "<f4").data)

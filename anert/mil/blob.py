@@ -116,6 +116,25 @@ def read_blob(
     return _unpack(data, start, size, padding, dtype, tuple(shape), where)
 
 
+def list_blobs(data: bytes | memoryview, source: str = "weight file") -> list[tuple[int, str, int]]:
+    """(offset, dtype, bytes) of every blob in a file. InputError where they do not lie one after another within it."""
+    _check_file(data, source)
+    count, _ = _FILE.unpack_from(data, 0)
+    found: list[tuple[int, str, int]] = []
+    at = _FILE.size
+    for i in range(count):
+        if at + _BLOB.size > len(data):
+            raise InputError(f"{source}: {i} of {count} blobs are there: truncated or damaged")
+        sentinel, code, size, start, _ = _BLOB.unpack_from(data, at)
+        if sentinel != SENTINEL or code not in _NAMES or start < at + _BLOB.size or start + size > len(data):
+            raise InputError(f"{source}: blob {i} at offset {at} does not lie within the file: truncated or damaged")
+        found.append((at, _NAMES[code], size))
+        end = -(-(start + size) // READ_ALIGNMENT) * READ_ALIGNMENT
+        padded = -(-end // ALIGNMENT) * ALIGNMENT
+        at = end if data[end : end + 4] == data[_FILE.size : _FILE.size + 4] else padded
+    return found
+
+
 def _check_file(data: bytes | memoryview, source: str) -> None:
     if bytes(data[:23]) == b"version https://git-lfs":
         raise InputError(f"{source}: a git-lfs pointer, not weights: fetch the file with `git lfs pull`")

@@ -52,16 +52,17 @@ class ByteBPETokenizer(Tokenizer):
     _per_byte = False
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        """Raises InputError where a byte or the result of a merge has no id."""
+        """Raises InputError where a printable ASCII byte or the result of a merge has no id. Other bytes without one
+        (SmolLM2 lacks 21 that hardly occur) are dropped from a text, as Hugging Face's tokenizers drop them."""
         v = self.vocabulary = vocabulary
         self.vocab_size, self.bos_id, self.eos_id = len(v.tokens), v.bos_id, v.eos_id
         self.specials = dict(v.specials)
         special_ids = set(self.specials.values())
         self._ids = {t: i for i, t in reversed(list(enumerate(v.tokens))) if t and i not in special_ids}
-        missing = [b for b in range(256) if bytes([b]) not in self._ids]
-        if missing:
+        self._absent = bytes(b for b in range(256) if bytes([b]) not in self._ids)
+        if missing := [b for b in self._absent if 32 <= b < 127]:
             raise InputError(f"vocabulary has no token for byte 0x{missing[0]:02X}: not a byte-level BPE")
-        self._byte_ids = [self._ids[bytes([b])] for b in range(256)]
+        self._byte_ids = [self._ids.get(bytes([b]), -1) for b in range(256)]
         self._bytes = list(v.tokens)
         for text, i in self.specials.items():
             self._bytes[i] = text.encode()
@@ -159,6 +160,8 @@ class ByteBPETokenizer(Tokenizer):
             data = word.encode()
         except UnicodeEncodeError:
             data = replace_surrogates(word).encode()
+        if self._absent:
+            data = data.translate(None, self._absent)
         if self.vocabulary.whole_words and (whole := self._ids.get(data)) is not None:
             return [whole]
         return self._merges.apply([self._byte_ids[b] for b in data])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from anert.errors import InputError
-from anert.tokenizer import byte_files, llama_files
+from anert.tokenizer import byte_files, hf_files, llama_files
 from anert.tokenizer.base import Tokenizer
 from anert.tokenizer.byte_bpe import PATTERNS, ByteBPETokenizer, Vocabulary
 from anert.tokenizer.llama import LlamaTokenizer
@@ -18,8 +18,8 @@ LARGEST = 256 << 20
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Read a tokenizer: llama2.c tokenizer.bin, SentencePiece .model, our JSON, Hugging Face tokenizer.json (of a
-    byte-level BPE), GPT-2 vocab.json with merges.txt beside it, tiktoken ranks; or a directory with one of them.
+    """Read a tokenizer: llama2.c tokenizer.bin, SentencePiece .model, our JSON, Hugging Face tokenizer.json (byte-level
+    BPE or Llama's), GPT-2 vocab.json with merges.txt beside it, tiktoken ranks; or a directory with one of them.
 
     Raises InputError: missing, truncated, a git-lfs pointer, or of a kind that anert does not read.
     """
@@ -32,14 +32,17 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     data = read_bytes(path)
     start = data[:64].lstrip()
     if start.startswith(b"{"):
-        return ByteBPETokenizer(_from_json(_json(data, path), path))
+        content = _json(data, path)
+        if isinstance(model := content.get("model"), dict) and model.get("byte_fallback"):
+            return LlamaTokenizer(hf_files.llama_pieces(content, _beside(path), str(path)), data, ".json")
+        return ByteBPETokenizer(_from_json(content, path))
     if start.startswith(b"#version"):
         return ByteBPETokenizer(_from_vocab_beside(data, path))
     if data[:1] == b"\x0a":  # field 1 of a protobuf: a piece
         return LlamaTokenizer(llama_files.read_model(data, str(path)), data, ".model")
     if _is_ranks(data):
         pattern = PATTERNS["gpt2" if "gpt2" in path.name or "50k" in path.name else "cl100k"]
-        return ByteBPETokenizer(byte_files.from_tiktoken(data.decode(), pattern, str(path)))
+        return ByteBPETokenizer(byte_files.from_tiktoken(_text(data, path), pattern, str(path)))
     return LlamaTokenizer(llama_files.read_bin(data, str(path)), data, ".bin")
 
 
@@ -63,13 +66,17 @@ def _from_json(content: dict[str, Any], path: Path) -> Vocabulary:
     if content.get("format") == byte_files.FORMAT:
         return byte_files.from_json(content, str(path))
     if isinstance(content.get("model"), dict):
-        beside = path.with_name("tokenizer_config.json")
-        config = _json(read_bytes(beside), beside) if beside.is_file() else {}
-        return byte_files.from_hugging_face(content, config, str(path))
+        return byte_files.from_hugging_face(content, _beside(path), str(path))
     merges = path.with_name(path.name.replace("vocab", "merges")).with_suffix(".txt")
     if not merges.is_file():
         raise InputError(f"{path}: a vocabulary needs its merges: no {merges.name} beside it")
     return byte_files.from_gpt2(content, _text(read_bytes(merges), merges), str(path))
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """tokenizer_config.json beside a tokenizer.json."""
+    beside = path.with_name("tokenizer_config.json")
+    return _json(read_bytes(beside), beside) if beside.is_file() else {}
 
 
 def _from_vocab_beside(data: bytes, path: Path) -> Vocabulary:

@@ -140,6 +140,13 @@ def _weight_grad(x: Value, dout: Value, w: tuple[int, ...], attrs: Attrs, pads: 
     return transpose(slice_by_size(full, (0,) * rank, (each, w[0], *w[2:])), (1, 0, *range(2, rank)))
 
 
+def _turned(w: Value, groups: int) -> np.ndarray:
+    """A constant weight (g * o, c, *K) with the channels of each group exchanged: (g * c, o, *K)."""
+    assert w.const is not None
+    o, c, *k = w.const.reshape(groups, -1, *w.shape[1:]).shape[1:]
+    return w.const.reshape(groups, o, c, *k).swapaxes(1, 2).reshape(groups * c, o, *k)
+
+
 def _conv_grad(op: Op, douts: tuple[Value | None, ...]) -> dict[str, Any]:
     x, w, b, dout = op.inputs["x"], op.inputs["weight"], op.inputs.get("bias"), douts[0]
     assert isinstance(x, Value) and isinstance(w, Value) and dout is not None
@@ -148,7 +155,11 @@ def _conv_grad(op: Op, douts: tuple[Value | None, ...]) -> dict[str, Any]:
     options = {k: op.attrs[k] for k in ("strides", "dilations", "groups")}
     grads: dict[str, Any] = {"x": None, "weight": None}
     if differentiable(x):
-        grads["x"] = conv_transpose(dout, w, pad_type="custom", pad=flat, output_shape=x.shape, **options)
+        pointwise = w.const is not None and set(w.shape[2:]) == set(options["strides"]) == {1} and not any(flat)
+        if pointwise:
+            grads["x"] = conv(dout, _turned(w, options["groups"]), groups=options["groups"])
+        else:
+            grads["x"] = conv_transpose(dout, w, pad_type="custom", pad=flat, output_shape=x.shape, **options)
     if differentiable(w):
         grads["weight"] = _weight_grad(x, dout, w.shape, op.attrs, pads)
     if isinstance(b, Value):

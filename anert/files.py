@@ -1,0 +1,26 @@
+"""Files that outlast a crash: down to the disk before they get their name."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+
+def fsync(path: Path) -> None:
+    """A file or directory down to the disk; on macOS that takes F_FULLFSYNC (fsync(2))."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(fcntl, "F_FULLFSYNC"):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Give a finished file its name: whoever finds it there finds all of it, after a crash too."""
+    fsync(temporary)
+    os.replace(temporary, path)
+    fsync(path.parent)
