@@ -17,10 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from anert.errors import AnertError
+
+if TYPE_CHECKING:
+    from anert.formats import LlamaConfig
 
 BASE_BYTES, PER_BYTE = 16 << 20, 100
 """What reading n bytes may allocate: BASE_BYTES + PER_BYTE * n: mostly a Python object a token of text."""
@@ -223,17 +227,107 @@ def read_tokens(path: Path) -> object:
 # ---- checkpoints
 
 
-def llama2c_seeds(folder: Path) -> Iterator[bytes]:
-    header = np.array([8, 16, 1, 2, 1, 32, 8], np.int32).tobytes()
-    count = 32 * 8 + 8 + 8 * 8 + 2 * 8 * 4 + 8 * 8 + 8 + 3 * 8 * 16 + 8 + 2 * 8 * 2
-    yield header + np.linspace(-1, 1, count, dtype=np.float32).tobytes()
+def read_model(path: Path) -> object:
+    """Every tensor, and the tokenizer if there is one: formats read when they are asked."""
+    from anert.formats import open_model_file
+
+    model = open_model_file(path)
+    if model.tokenizer is not None:
+        model.tokenizer()
+    return [model.tensors[name].sum() for name in model.tensors]
 
 
-@target("llama2c", ".bin", llama2c_seeds)
-def read_llama2c(path: Path) -> object:
-    from anert.formats import llama2c
+def model_seeds(folder: Path) -> Iterator[bytes]:
+    from model_files import model
 
-    return llama2c.read(path)
+    from anert.formats import WRITABLE, LlamaConfig
+
+    for version in ("v0", "v1", "v2"):
+        WRITABLE[version](folder / version, model(LlamaConfig(64, 64, 1, 2, 1, 16, 4)))
+        yield (folder / version).read_bytes()
+
+
+TARGETS["model-llama2c"] = Target(".bin", model_seeds, read_model)
+
+
+def blzt_seeds(folder: Path) -> Iterator[bytes]:
+    from test_blzt import FILES
+
+    yield from (content for _, content, arch, *_ in FILES.values() if not arch)
+
+
+TARGETS["model-blzt"] = Target(".bin", blzt_seeds, read_model)
+
+
+def gguf_seeds(folder: Path) -> Iterator[bytes]:
+    from model_files import draw
+
+    from anert.formats import LlamaConfig
+
+    config = LlamaConfig(32, 64, 1, 2, 1, 259, 4)
+    yield gguf_bytes(folder / "m.gguf", config, draw(config))
+
+
+def gguf_bytes(path: Path, c: LlamaConfig, tensors: dict[str, np.ndarray]) -> bytes:
+    """A small Llama by the gguf package's own writer."""
+    import gguf
+
+    w = gguf.GGUFWriter(path, "llama")
+    for key, value in (("context_length", c.seq_len), ("embedding_length", c.dim), ("block_count", c.n_layers),
+                       ("feed_forward_length", c.hidden_dim), ("attention.head_count", c.n_heads),
+                       ("attention.head_count_kv", c.n_kv_heads), ("rope.dimension_count", c.head_dim)):  # fmt: skip
+        w.add_uint32(f"llama.{key}", value)
+    w.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    w.add_string("tokenizer.ggml.model", "llama")
+    w.add_array("tokenizer.ggml.tokens", ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))])
+    w.add_array("tokenizer.ggml.scores", [float(-i) for i in range(c.vocab_size)])
+    w.add_array("tokenizer.ggml.token_type", [2, 3, 3] + [6] * 256)
+    names = {"attn_norm": "attn_norm", "wq": "attn_q", "wk": "attn_k", "wv": "attn_v", "wo": "attn_output",
+             "ffn_norm": "ffn_norm", "w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up"}  # fmt: skip
+    top = {"tok_embeddings": "token_embd", "norm": "output_norm"}
+    for name, value in tensors.items():
+        parts = name.split(".")
+        theirs = top[name] if name in top else f"blk.{parts[1]}.{names[parts[2]]}"
+        w.add_tensor(f"{theirs}.weight", value)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path.read_bytes()
+
+
+TARGETS["model-gguf"] = Target(".gguf", gguf_seeds, read_model)
+
+
+def hf_directory(folder: Path) -> Path:
+    from model_files import model
+
+    from anert.formats import WRITABLE, LlamaConfig
+
+    path = folder / "hf"
+    if not path.exists():
+        WRITABLE["hf"](path, model(LlamaConfig(8, 16, 1, 2, 1, 32, 8)), shard_bytes=600)
+    return path
+
+
+def config_seeds(folder: Path) -> Iterator[bytes]:
+    yield (hf_directory(folder) / "config.json").read_bytes()
+
+
+@target("model-hf-config", ".json", config_seeds)
+def read_hf_config(path: Path) -> object:
+    path.replace(hf_directory(path.parent) / "config.json")
+    return read_model(path.parent / "hf")
+
+
+def index_seeds(folder: Path) -> Iterator[bytes]:
+    yield (hf_directory(folder) / "model.safetensors.index.json").read_bytes()
+
+
+@target("model-hf-index", ".json", index_seeds)
+def read_hf_index(path: Path) -> object:
+    path.replace(hf_directory(path.parent) / "model.safetensors.index.json")
+    return read_model(path.parent / "hf")
 
 
 def state_seeds(folder: Path) -> Iterator[bytes]:

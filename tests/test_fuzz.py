@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fuzz_targets import TARGETS, bounded, offer, seeds
 from hypothesis import HealthCheck, given, settings
@@ -91,6 +92,96 @@ def test_coverage_guided(name: str, tmp_path: Path) -> None:
     assert done.returncode == 0, f"{crash}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     counted = re.search(r"Done (\d+) runs|DONE", done.stderr)
     assert counted, done.stderr[-2000:]
+
+
+MIL = "program(1.3)\n{{\nfunc main<ios18>({params}) {{\n{body}\n}} -> (r);\n}}"
+
+
+@pytest.mark.slow
+def test_ten_million_numbers_are_read_within_bounds_or_refused_in_a_line() -> None:
+    from anert.errors import AnertError
+    from anert.mil.text import parse
+
+    n = 10**7
+    literal = "1," * (n - 1) + "1"
+    for claimed, fits in ((n, True), (n - 1, False)):
+        kind = f"tensor<fp16, [{claimed}]>"
+        text = MIL.format(params="fp16 a", body=f'{kind} r = const()[name = string("r"), val = {kind}([{literal}])];')
+        with bounded(len(text)):
+            if fits:
+                assert parse(text).main.outputs[0].shape == (n,)
+                continue
+            with pytest.raises(AnertError) as caught:
+                parse(text)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("params", "body", "message"),
+    [
+        ("fp16 a", "fp16 b = add(x = r, y = a)[]; fp16 r = add(x = b, y = a)[];", "unknown name 'r'"),
+        ("fp16 a", "fp16 r = add(x = r, y = a)[];", "unknown name 'r'"),
+        ("tensor<fp16, [4294967296, 4294967296, 4]> r", "", "has 73786976294838206464 elements"),
+        ("tensor<fp16, [9223372036854775808, 2]> r", "", "elements"),
+        ("fp16 a", "fp16 r = const()[val = fp16(" + "(" * 10**6 + "1", "deep"),
+    ],
+)
+def test_cycles_depth_and_sizes_past_63_bits(params: str, body: str, message: str) -> None:
+    from anert.errors import AnertError
+    from anert.mil.text import parse
+
+    with pytest.raises(AnertError, match=message) as caught:
+        parse(MIL.format(params=params, body=body))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/passwd", "a/../../outside.safetensors", "x\0y"])
+def test_a_sharded_index_stays_in_its_directory(shard: str, tmp_path: Path) -> None:
+    import json
+
+    from fuzz_targets import hf_directory, read_model
+
+    from anert.errors import InputError
+
+    path = hf_directory(tmp_path)
+    (tmp_path / "outside.safetensors").write_bytes((next(path.glob("model-00001*"))).read_bytes())
+    index = path / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {
+        name: shard if name == "model.norm.weight" else file for name, file in content["weight_map"].items()
+    }
+    index.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json|outside of|not a file name"):
+        read_model(path)
+
+
+def test_a_checkpoint_names_no_file_outside(tmp_path: Path) -> None:
+    from anert import checkpoint
+    from anert.errors import InputError
+
+    step = checkpoint.save(tmp_path / "run", 3, {"w": np.ones((2, 2), np.float32)}, {}, {}, None)
+    state = step / "state.json"
+    (tmp_path / "run" / "secret").write_text("x")
+    state.write_text(state.read_text().replace('"optim.safetensors"', '"../secret"'))
+    with pytest.raises(InputError, match=r"state\.json is damaged"):
+        checkpoint.load(step)
+
+
+def test_nothing_that_is_read_is_code() -> None:
+    """No pickle, marshal or shelve; exec in the plugin loader alone, whose files are code; no eval."""
+    import ast
+
+    executed = []
+    for path in sorted((ROOT / "anert").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {"pickle", "marshal", "shelve", "dill", "yaml"} & {n.partition(".")[0] for n in names}, path
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+                executed.append((path.name, node.func.id))
+            if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, path
+    assert executed == [("plugin.py", "exec")]
 
 
 def test_the_memory_bound_can_fail() -> None:
