@@ -37,7 +37,7 @@ _ERRORS: dict[int, type[AnertError]] = {
     -6: EngineError,
     -7: BackendUnavailable,
 }
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon", "amx")
 """Names of the instruction sets; the index is anert.h's number."""
 
 
