@@ -1,10 +1,14 @@
 """Builds the native core: native/anert.h is the cffi declaration, native/*.c the sources, anert._native the extension.
 
+On macOS also the Neural Engine's shim, anert._ane: native/ane.h, native/ane.m, native/surface_iosurface.m.
+
 `pip install` uses BuildExt through pyproject.toml. By hand, from the repository:
 
     python build_ffi.py                  # in place: anert/_native.abi3.so
     python build_ffi.py --out DIR        # another build beside it: DIR/_native.abi3.so, chosen by ANERT_NATIVE
     python build_ffi.py --werror         # warnings are errors
+    python build_ffi.py --ane-testing --out DIR  # DIR/_ane.abi3.so alone, which opens any framework: for tests, on
+                                                 # Linux too, with clang and GNUstep; chosen by ANERT_ANE
 
 ANERT_CFLAGS is added to every compile and link: ANERT_CFLAGS="-fsanitize=address,undefined -g -O1".
 """
@@ -18,7 +22,9 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,7 +36,8 @@ from setuptools.errors import CompileError, LinkError
 
 ROOT = Path(__file__).resolve().parent
 NATIVE = ROOT / "native"
-MODULE = "anert._native"
+MODULE, ANE_MODULE = "anert._native", "anert._ane"
+ANE_SOURCES = ("ane.m", "surface_iosurface.m", "error.c")
 # No contraction: bits must not depend on which multiply-add a compiler chose to fuse. Nobody reads errno or the
 # floating-point flags: so said, loops with sqrt and selects are vectorised.
 CFLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden"]
@@ -41,6 +48,7 @@ NO_COMPILER = (
     "`apt install gcc libc6-dev` (Debian, Ubuntu), `dnf install gcc` (Fedora), `xcode-select --install` (macOS); "
     "or name one by CC=/path/to/cc"
 )
+NO_GNUSTEP = "a test build of the Neural Engine's shim needs Objective-C: `apt install clang gobjc libgnustep-base-dev`"
 
 
 def cdef(header: Path = NATIVE / "anert.h") -> str:
@@ -51,19 +59,57 @@ def cdef(header: Path = NATIVE / "anert.h") -> str:
     return "\n".join(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
 
 
+def objc_flags(include: Path) -> tuple[list[str], list[str]]:
+    """Compile and link flags of Objective-C without ARC: Foundation, on macOS Apple's, elsewhere GNUstep's on gcc's
+    runtime. `include` is a folder for the runtime's headers alone: beside them lie gcc's own, which clang must not
+    see."""
+    flags = ["-fno-objc-arc", "-Werror=objc-method-access", "-Wno-unused-command-line-argument"]
+    if sys.platform == "darwin":
+        return flags, ["-framework", "Foundation"]
+
+    def answer(*command: str) -> list[str]:
+        return shlex.split(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    try:
+        found = answer("gnustep-config", "--objc-flags")
+        libraries = answer("gnustep-config", "--base-libs")
+        headers = answer("gcc", "-print-file-name=include/objc")
+    except (OSError, subprocess.CalledProcessError):
+        raise SystemExit(NO_GNUSTEP) from None
+    include.mkdir(parents=True, exist_ok=True)
+    if not (include / "objc").exists():
+        (include / "objc").symlink_to(headers[0])
+    unwanted = ("-MMD", "-MP", "-g", "-O2", "-Wall", "-I.")  # dependency files; the rest is ours to say
+    return [*flags, *(f for f in found if f not in unwanted), "-fobjc-runtime=gcc", f"-I{include}"], libraries
+
+
 def extension(build_dir: Path) -> Any:
     """The setuptools Extension of anert._native; cffi's generated C goes below `build_dir`."""
+    sources = sorted(path.name for path in NATIVE.glob("*.c"))
+    return _extension(build_dir, MODULE, "anert.h", sources, [], ["-pthread"])
+
+
+def ane_extension(build_dir: Path, testing: bool) -> Any:
+    """The setuptools Extension of anert._ane; testing: it opens whatever framework it is told to."""
+    compile_args, link_args = objc_flags(build_dir / "include")
+    defines = ["-DANERT_ANE_TESTING"] if testing else []
+    return _extension(build_dir, ANE_MODULE, "ane.h", ANE_SOURCES, [*compile_args, *defines], link_args)
+
+
+def _extension(
+    build_dir: Path, module: str, header: str, sources: Iterable[str], compile_args: list[str], link_args: list[str]
+) -> Any:
     ffi = FFI()
-    ffi.cdef(cdef())
+    ffi.cdef(cdef(NATIVE / header))
     extra = shlex.split(os.environ.get("ANERT_CFLAGS", ""))
     ffi.set_source(
-        MODULE,
-        '#include "anert.h"',
-        sources=sorted(os.path.relpath(path) for path in NATIVE.glob("*.c")),
+        module,
+        f'#include "{header}"',
+        sources=[os.path.relpath(NATIVE / name) for name in sources],
         include_dirs=[os.path.relpath(NATIVE)],
         depends=sorted(os.path.relpath(path) for path in NATIVE.glob("*.h")),
-        extra_compile_args=[*CFLAGS, *extra],
-        extra_link_args=["-pthread", *extra],
+        extra_compile_args=[*CFLAGS, *compile_args, *extra],
+        extra_link_args=[*link_args, *extra],
         libraries=["m"],
         define_macros=[("Py_LIMITED_API", "0x030B0000")],
         py_limited_api=True,
@@ -72,20 +118,31 @@ def extension(build_dir: Path) -> Any:
 
 
 class BuildExt(build_ext):
-    """build_ext whose one extension is anert._native, recompiling what changed, two files at a time."""
+    """build_ext of anert._native, and on macOS anert._ane, recompiling what changed, two files at a time.
+
+    ane_testing: the test build of anert._ane instead of either.
+    """
 
     werror: bool
+    ane_testing: bool
     build_temp: str
 
     def initialize_options(self) -> None:
         super().initialize_options()
         self.werror = False
+        self.ane_testing = False
 
     def finalize_options(self) -> None:
-        flags = hashlib.sha256(repr([CFLAGS, os.environ.get("ANERT_CFLAGS"), os.environ.get("CC")]).encode())
+        build = [CFLAGS, os.environ.get("ANERT_CFLAGS"), os.environ.get("CC"), self.ane_testing]
+        flags = hashlib.sha256(repr(build).encode())
         generated = Path("build") / "ffi"
         generated.mkdir(parents=True, exist_ok=True)
-        self.distribution.ext_modules = [extension(generated)]
+        if self.ane_testing:
+            self.distribution.ext_modules = [ane_extension(generated, testing=True)]
+        else:
+            self.distribution.ext_modules = [extension(generated)]
+            if sys.platform == "darwin":
+                self.distribution.ext_modules.append(ane_extension(generated, testing=False))
         super().finalize_options()
         self.build_temp = os.path.join(self.build_temp, flags.hexdigest()[:12])
 
@@ -120,25 +177,25 @@ class BuildExt(build_ext):
         return objects
 
 
-def build(out: str | None = None, werror: bool = False, force: bool = False) -> Path:
-    """Build in place, or into the directory `out`; returns the extension's path."""
+def build(out: str | None = None, werror: bool = False, force: bool = False, ane_testing: bool = False) -> Path:
+    """Build in place, or into the directory `out`; returns the path of the (first) extension."""
     os.chdir(ROOT)
     distribution = Distribution({"name": "anert", "packages": ["anert"]})
     command = BuildExt(distribution)
     command.inplace = out is None
     command.force = force
     command.werror = werror
+    command.ane_testing = ane_testing
     if out is not None:
         command.build_temp = str(Path(out) / "temp")
         command.build_lib = str(Path(out) / "lib")
     command.ensure_finalized()
     command.run()
-    built = Path(command.get_ext_fullpath(MODULE))
+    built = [Path(command.get_ext_fullpath(ext.name)) for ext in command.extensions]
     if out is None:
-        return built
-    target = Path(out) / built.name
-    shutil.copy2(built, target)
-    return target
+        return built[0]
+    copies = [Path(shutil.copy2(path, Path(out) / path.name)) for path in built]
+    return copies[0]
 
 
 def main() -> None:
@@ -146,9 +203,14 @@ def main() -> None:
     parser.add_argument("--out", help="build into this directory and leave the one in place alone")
     parser.add_argument("--werror", action="store_true", help="treat warnings as errors")
     parser.add_argument("--force", action="store_true", help="recompile everything")
+    parser.add_argument("--ane-testing", action="store_true", help="build the Neural Engine's shim alone, for tests")
     options = parser.parse_args()
+    if options.ane_testing and not options.out:
+        parser.error("--ane-testing needs --out: a test build has no place in the package")
+    if options.ane_testing:
+        os.environ.setdefault("CC", "clang")  # gcc knows no Objective-C 2
     try:
-        print(build(options.out, options.werror, options.force), file=sys.stderr)
+        print(build(options.out, options.werror, options.force, options.ane_testing), file=sys.stderr)
     except (CompileError, LinkError) as error:
         raise SystemExit(f"the native core did not build: {error}") from None
 

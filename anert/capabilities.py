@@ -40,6 +40,9 @@ class Capabilities:
     fp16_interior: bool = True
     """Whether the engine rounds what is between ports: then constants may be folded as it would round them."""
     compile_budget: int = 100
+    """Compiles of one process; the engine tires after about 119."""
+    load_budget: int = 120
+    """Programs that one process has loaded at a time; the engine takes about 128."""
     rules: Mapping[str, bool] = field(default_factory=dict)
     """Lint rules that a probe has settled on this machine: whether the limit is there."""
 

@@ -63,6 +63,12 @@ class EngineError(AnertError):
     """The Neural Engine answered NO to a call; carries the framework's own text."""
 
 
+class EngineRefused(EngineError, CompileError):
+    """The Neural Engine takes a program in no dialect, or does not load it."""
+
+    exit_code = 3
+
+
 class NonFiniteError(AnertError):
     """A tensor holds NaN or inf where training cannot go on; names the block and the op."""
 

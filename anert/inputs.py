@@ -98,6 +98,15 @@ def open_weights(
     return Weights(followed, source.tensors, None, source.tokenizer, source.tokenizer_name)
 
 
+def plugin_of(path: Path) -> str:
+    """Name of the plugin that trained a checkpoint; `stories`, whose model is Llama's, for another program's file."""
+    from anert import checkpoint
+
+    if path.is_dir() or path.name in ("last", "best"):
+        return str(checkpoint.load(path).state.get("plugin", "stories"))
+    return "stories"
+
+
 def open_model(plugin: Plugin, path: Path, tokenizer: str) -> tuple[Decoder, Mapping[str, np.ndarray], Tokenizer]:
     """The model, its weights (read when asked for) and its tokenizer, from a model file of any format."""
     from anert.formats import open_model_file

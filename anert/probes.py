@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anert.errors import AnertError, BackendUnavailable, CompileError, InputError
+from anert.capabilities import ANE, load_record
+from anert.errors import AnertError, CompileError, InputError
 from anert.kernel import round_up
 from anert.mil import ops
 from anert.mil.graph import Function, Value
@@ -483,6 +484,19 @@ def in_child(name: str, backend: str = "ane", opset: str = "ios18", limit_s: flo
         return asdict(Outcome(None, f"the probe's process ended with {how}: {last}"))
 
 
+def basic_probe() -> str:
+    """Why this machine's Neural Engine cannot be relied on; empty where it can be: doctor's record says so, or else a
+    child process compiles, runs and checks a small program now, in either dialect."""
+    if load_record() is not None:
+        return ""
+    outcomes = []
+    for opset in ("ios18", "ios16"):
+        outcomes.append(in_child(BASIC, opset=opset))
+        if outcomes[-1]["ok"]:
+            return ""
+    return str(outcomes[0]["value"])
+
+
 def child(argv: Sequence[str] | None = None) -> None:
     """What `in_child` runs: one JSON line on stdout."""
     name, backend, opset = argv if argv is not None else sys.argv[1:4]
@@ -497,8 +511,10 @@ def child(argv: Sequence[str] | None = None) -> None:
 
 def open_engine(backend: str, opset: str) -> Backend:
     """A backend to probe: `ane`, or `reference`, which shows what an engine without limits answers."""
-    if backend != "reference":
-        raise BackendUnavailable("this build of anert has no Neural Engine shim")
+    if backend == "ane":
+        from anert.backend.ane import AneBackend
+
+        return AneBackend(replace(ANE, opset=opset), fallback=False)
     from anert.backend.reference import ReferenceBackend
     from anert.surface import Heap
 

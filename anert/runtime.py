@@ -3,8 +3,10 @@ global."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,6 @@ from anert.ffi import Pool, call
 from anert.surface import Heap
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor
-
     from anert.backend.base import Backend
 
 BACKENDS = ("auto", "cpu", "ane", "reference")
@@ -26,8 +26,10 @@ LAYOUTS = ("auto", "ports", "packed")
 class Runtime:
     """What programs compile and run on. `note` says in a sentence what was chosen and why.
 
-    backend: a name of BACKENDS; `ane` off a Mac raises BackendUnavailable, it never runs elsewhere instead.
-    precision `auto`: bf16 where the CPU multiplies bf16 natively, else fp32. threads 0: what the machine grants.
+    backend: a name of BACKENDS. `ane` raises BackendUnavailable off a Mac and where the engine does not pass the basic
+    probe: it never runs elsewhere instead. `auto` is `ane` where that passes, else `cpu`. precision `auto`: bf16 where
+    the CPU multiplies bf16 natively, else fp32; on `ane`, whose blocks compute in fp16, it is that of the host's part.
+    threads 0: what the machine grants.
     """
 
     def __init__(self, backend: str = "auto", precision: str = "auto", layout: str = "auto", threads: int = 0,
@@ -39,37 +41,47 @@ class Runtime:
         ):
             if value not in known:
                 raise InputError(f"--{option} takes one of {', '.join(known)}, got {value!r}")
-        if backend == "ane":
-            raise BackendUnavailable(_no_ane())
         self.heap, self.pool = Heap(), Pool(threads, isa)
         native_bf16 = self.pool.isa == "avx512bf16"
         self.precision = precision if precision != "auto" else "bf16" if native_bf16 else "fp32"
-        self.note = self._note(backend, precision)
-        self.backend: Backend = self._open("cpu" if backend == "auto" else backend)
+        self.backend, reason = self._open(backend)
         if compile_budget:
             self.backend.budget = compile_budget
         self.engine: Executor | None = None
         """What the engine's lane of a Schedule runs on; None where engine and host are the same cores."""
+        if self.backend.name == "ane":
+            self.engine = ThreadPoolExecutor(1, "anert-engine")
+        self.note = self._note(backend, precision, reason)
         self.layout = layout if layout != "auto" else self.backend.capabilities.layout
         self._peak = 0.0
 
-    def _open(self, name: str) -> Backend:
-        if name == "reference":
+    def _open(self, asked: str) -> tuple[Backend, str]:
+        """The backend, and where `auto` chose it, why."""
+        if asked == "reference":
             from anert.backend.reference import ReferenceBackend
 
-            return ReferenceBackend(self.heap, "fp16" if self.precision == "fp16" else "exact")
+            return ReferenceBackend(self.heap, "fp16" if self.precision == "fp16" else "exact"), ""
+        reason = ""
+        if asked in ("ane", "auto"):
+            try:
+                return open_ane(), "passes the basic probe"
+            except BackendUnavailable as error:
+                if asked == "ane":
+                    raise
+                reason = str(error)
         from anert.backend.cpu import CpuBackend
 
-        return CpuBackend(self.pool, self.precision, self.heap)
+        return CpuBackend(self.pool, self.precision, self.heap), reason
 
-    def _note(self, asked: str, precision: str) -> str:
-        where = f"backend {asked}" if asked != "auto" else "backend cpu (auto: " + _no_ane() + ")"
+    def _note(self, asked: str, precision: str, reason: str) -> str:
+        where = f"backend {self.backend.name}" + (f" (auto: {reason})" if asked == "auto" else "")
         why = (
             ""
             if precision != "auto"
             else f" (auto: {self.pool.isa} multiplies bf16 {'' if self.precision == 'bf16' else 'not '}natively)"
         )
-        return f"{where}; precision {self.precision}{why}; {self.pool.threads} threads, {self.pool.isa}"
+        part = " on the host, fp16 on the engine" if self.backend.name == "ane" else ""
+        return f"{where}; precision {self.precision}{why}{part}; {self.pool.threads} threads, {self.pool.isa}"
 
     def check_memory(self, nbytes: int, what: str) -> None:
         """Raise DoesNotFit if `nbytes` more do not fit into what the machine grants now."""
@@ -82,8 +94,8 @@ class Runtime:
 
     def peak_gflops(self) -> float:
         """Best of several (1024)^3 products at this runtime's precision: what this machine's GEMM can reach, measured
-        once (~0.2 s)."""
-        if not self._peak:
+        once (~0.2 s). 0 on `ane`, whose peak nobody measured here."""
+        if not self._peak and self.backend.name != "ane":
             from anert.surface import Surface
 
             n, c = 1024, ffi.ffi
@@ -110,11 +122,17 @@ def open_runtime(options: Any) -> Runtime:
     return Runtime(options.backend, options.precision, options.layout, options.threads, options.compile_budget)
 
 
-def _no_ane() -> str:
+def open_ane() -> Backend:
+    """The Neural Engine's backend, after it has passed the basic probe. Raises BackendUnavailable, saying why not."""
     platform: str = sys.platform
-    if platform != "darwin":
-        return f"the Neural Engine needs macOS on Apple silicon, this is {platform}"
-    return "this build of anert has no Neural Engine shim"
+    if platform != "darwin" and not os.environ.get("ANERT_ANE"):
+        raise BackendUnavailable(f"the Neural Engine needs macOS on Apple silicon, this is {platform}")
+    from anert.backend.ane import AneBackend
+    from anert.probes import basic_probe
+
+    if fault := basic_probe():
+        raise BackendUnavailable(f"the Neural Engine does not pass the basic probe: {fault}; see `anert doctor`")
+    return AneBackend()
 
 
 def memory_available() -> int:
@@ -125,8 +143,6 @@ def memory_available() -> int:
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
     except OSError:
-        import os
-
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -144,8 +160,6 @@ def memory_available() -> int:
 def rss_bytes() -> int:
     """Resident memory of this process."""
     try:
-        import os
-
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
         import resource

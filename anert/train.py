@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from anert.saver import Saver
 
 T = TypeVar("T")
+SAMPLE_WIDTHS = (1, 32)
+"""Programs for the samples during training: prompts are short."""
 RETRY_S = 30.0
 """Seconds until a save that the disk refused is tried again."""
 
@@ -184,13 +186,14 @@ class Trainer:
         self.saver = Saver(self.store, self.out, self.data.tokenizer, o.keep)
 
     def _networks(self) -> Iterator[Event]:
+        from anert.decode import Session
         from anert.network import Network
 
         o, cfg = self.options, self.config
 
-        def build(progress: Callable[[float, float], None]) -> tuple[Network, Network]:
+        def build(progress: Callable[[float, float], None]) -> tuple[Network, Session]:
             train = Network(self.rt, self.model, self.store, cfg.seq_len, o.batch, True, progress)
-            return train, Network(self.rt, self.model, self.store, cfg.seq_len, 1, False, progress)
+            return train, Session(self.rt, self.model, self.store, widths=SAMPLE_WIDTHS, on_compile=progress)
 
         self.net, self.sampler = yield from waited("compile kernels", "kernels", build)
 
@@ -397,7 +400,7 @@ class Trainer:
         step_ms = (now - start) * 1e3
         self.step_ms.append(step_ms)
         tokens_done = o.batch * o.grad_accum * self.config.seq_len
-        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "sync": 0.0, "dashboard": self.ui_ms}
+        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "dashboard": self.ui_ms}
         elapsed = now - self._begin
         return StepDone(
             step=self.step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=bool(why),
@@ -452,15 +455,16 @@ class Trainer:
             yield from self.save(best=True)
 
     def _sample(self, max_tokens: int = 200, seconds: float = 1.0) -> Sampled:
-        from anert.sample import Sampler, continue_text
+        from anert.events import Text
+        from anert.sample import Limits, tell
+        from anert.sampler import Sampler
 
         start = time.perf_counter()
         settings = Sampler(temperature=0.8, top_k=50, seed=self.options.seed)
-        text = "".join(
-            continue_text(
-                lambda _: self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, max_tokens, seconds
-            )
+        told = tell(
+            self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, Limits(max_tokens, seconds)
         )
+        text = "".join(event.text for event in told if isinstance(event, Text))
         return Sampled(self.step, text, (time.perf_counter() - start) * 1e3)
 
     def _finish(self, reason: str) -> Iterator[Event]:
@@ -476,7 +480,7 @@ class Trainer:
                 yield Notice("warning", f"the last {self.health.bad} steps were not usable, so not saved ({self.why}). "
                                         f"{self._kept()}")  # fmt: skip
             if reason != "interrupted" and self.options.sample_every:
-                yield self._sample(seconds=5.0)
+                yield self._sample(500, seconds=5.0)  # a whole story
         yield RunDone(reason, self.summary())
         self.rt.close()
 

@@ -30,11 +30,11 @@ LAYERS = (
     ("kernel",),
     ("backend",),
     ("probes",),
-    ("param", "nn", "tokenizer"),
+    ("param", "nn", "tokenizer", "sampler"),
     ("optim", "model", "data", "plugin", "head", "health", "schedule"),
     ("runtime", "blocks"),
     ("network", "checkpoint", "saver", "dist"),
-    ("formats",),
+    ("decode", "formats", "numpy_llama"),
     ("train", "inputs", "sample"),
     ("evaluate", "bench", "estimate", "convert", "inspect", "verify", "doctor"),
     ("report", "options", "scaffold"),
@@ -62,7 +62,7 @@ ONLY = {
 }
 """Top-level modules that only these modules of anert may import."""
 
-C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head")
+C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head", "decode")
 """Modules that may name a function of the native library (`lib.anert_...`)."""
 
 

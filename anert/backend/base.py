@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from anert.capabilities import Capabilities
@@ -53,6 +53,17 @@ class Binding(abc.ABC):
 
     @abc.abstractmethod
     def run(self) -> None: ...
+
+
+class Chain(Binding):
+    """Bindings that run one after another."""
+
+    def __init__(self, bindings: Sequence[Binding]) -> None:
+        self.bindings = tuple(bindings)
+
+    def run(self) -> None:
+        for binding in self.bindings:
+            binding.run()
 
 
 class Program(abc.ABC):
@@ -101,11 +112,7 @@ class Backend(abc.ABC):
         program = self._cache.get(digest)
         if program is not None:
             return program
-        if self.compiles >= self.budget:
-            raise CompileError(
-                f"the compile budget of {self.budget} programs is spent on backend {self.name!r}: "
-                "weights are inputs, so a run needs each kernel once; raise the budget with --compile-budget"
-            )
+        self.check_budget()
         start = time.perf_counter()
         program = self._compile(text, blobs or {})
         self.compiles += 1
@@ -114,8 +121,24 @@ class Backend(abc.ABC):
         self._cache[digest] = program
         return program
 
+    def spent(self) -> int:
+        """Compiles that count against the budget."""
+        return self.compiles
+
+    def check_budget(self) -> None:
+        """Raise CompileError if the next compile would pass the budget."""
+        if self.spent() >= self.budget:
+            raise CompileError(
+                f"the compile budget of {self.budget} programs is spent on backend {self.name!r}: "
+                "weights are inputs, so a run needs each kernel once; raise the budget with --compile-budget"
+            )
+
     @abc.abstractmethod
     def _compile(self, text: str, blobs: Mapping[str, bytes]) -> Program: ...
+
+    def chain(self, bindings: Sequence[Binding]) -> Binding:
+        """Bindings of this backend as one, run in order."""
+        return Chain(bindings)
 
     @abc.abstractmethod
     def surface(self, nbytes: int) -> Surface:
