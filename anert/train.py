@@ -167,6 +167,8 @@ class Trainer:
         self.out = run_dir(self.plugin.name, self.preset.name, o)
         weights = yield from open_weights(self.plugin, self.preset, self.config, o, self.out)
         self.config = weights.config
+        self.preset.model(self.config)  # refuses what cannot be before anything is written or compiled
+        self._optimizer_kind()
         self.data = yield from open_data(self.plugin, self.preset, self.config, o, self.out, weights)
         self.config = self.data.config
         self.model = self.preset.model(self.config)
@@ -197,14 +199,19 @@ class Trainer:
 
         self.net, self.sampler = yield from waited("compile kernels", "kernels", build)
 
+    def _optimizer_kind(self) -> Any:
+        from anert.optim import OPTIMIZERS
+
+        known: dict[str, Any] = {**OPTIMIZERS, **self.plugin.optimizers}
+        if self.options.optimizer not in known:
+            raise InputError(f"--optimizer {self.options.optimizer!r} is not known: choose {', '.join(known)}")
+        return known[self.options.optimizer]
+
     def _optimizer(self) -> None:
-        from anert.optim import OPTIMIZERS, LossScale, warmup_cosine
+        from anert.optim import LossScale, warmup_cosine
 
         o = self.options
-        known: dict[str, Any] = {**OPTIMIZERS, **self.plugin.optimizers}
-        if o.optimizer not in known:
-            raise InputError(f"--optimizer {o.optimizer!r} is not known: choose {', '.join(known)}")
-        self.optimizer = known[o.optimizer](self.store, o.beta1, o.beta2, o.eps, o.weight_decay)
+        self.optimizer = self._optimizer_kind()(self.store, o.beta1, o.beta2, o.eps, o.weight_decay)
         self.schedule = warmup_cosine(o.lr, o.min_lr, o.warmup, o.steps)
         self.scale = LossScale(o.loss_scale, o.scale_window)
         self.batches = self.data.dataset.train_batches(o.batch, o.seed)
