@@ -40,6 +40,25 @@ def build_blocks(
     return [_build(model, block, seq_len, batch, train, layout, caps) for block in model.blocks]
 
 
+def build_cached_blocks(model: Decoder, seq_len: int, cached: int, caps: Capabilities) -> list[BlockKernels]:
+    """The kernels of every block for `seq_len` positions behind a key-value cache of `cached` (Decoder.trace_cached).
+
+    Cache, rotation and mask have channels of their own, so each tensor is a port, and only the engine's limit of inputs
+    cuts a block.
+    """
+    found = []
+    for block in model.blocks:
+        fn = model.trace_cached(block, seq_len, cached)
+        specs = model.layer_params(model.config)
+        params = [v.name for v in fn.inputs if v.name in specs]
+        role = roles(fn, params)
+        result = BlockKernels(fn.name, fn, params, None)
+        for i, stage in enumerate(split(fn, role, caps, packable=False)):
+            result.forward.append(build(stage, role, "ports", caps, f"{fn.name}_decode{seq_len}_{i}"))
+        found.append(result)
+    return found
+
+
 def _build(
     model: Decoder, block: Any, seq_len: int, batch: int, train: bool, layout: str, caps: Capabilities
 ) -> BlockKernels:

@@ -282,11 +282,15 @@ def _parts(s: State, width: int) -> list[Line]:
     longest = max(times.values()) or 1.0
     rows: list[Line] = []
     for name, value in times.items():
+        if name == "sync" and name not in s.ms:  # the pass that steps a weight writes its copies
+            rows.append([("weight sync  ", "dim"), (f"{'in optimizer':>{max(width - 13, 12)}}", "dim")])
+            continue
         share = value / whole if whole else 0.0
         percent = f"{share:.0%}" if share >= 0.0995 or not share else f"{share:.1%}"
         figures = f" {value:8,.1f} ms {percent:>5}"
         stroke = bar(value / longest, max(width - 13 - len(figures), 0))
-        rows.append([(f"{name.replace('_', ' '):<13}", "dim"), (stroke, PART_STYLES[name]), (figures, "")])
+        label = "weight sync" if name == "sync" else name.replace("_", " ")
+        rows.append([(f"{label:<13}", "dim"), (stroke, PART_STYLES[name]), (figures, "")])
     return rows
 
 

@@ -246,12 +246,13 @@ def _read_state(path: Path) -> tuple[dict[str, Any], int, dict[str, Any]]:
 
 def _verify(path: Path, name: str, entry: Any) -> None:
     file = path / name
-    if Path(name).name != name or not isinstance(entry, dict):
+    plain = Path(name).name == name and "\0" not in name
+    if not plain or not isinstance(entry, dict) or not isinstance(entry.get("size"), int):
         raise InputError(f"{path}: {STATE} is damaged")
     try:
         size = file.stat().st_size
         if size != entry.get("size"):
-            raise InputError(f"{path}: {name} has {size:,} bytes, {STATE} says {entry.get('size'):,}: truncated")
+            raise InputError(f"{path}: {name} has {size:,} bytes, {STATE} says {entry['size']:,}: truncated")
         if _sha256(file) != entry.get("sha256"):
             raise InputError(f"{path}: {name} differs from its sha256 in {STATE}: damaged on disk")
     except OSError as e:
@@ -303,7 +304,7 @@ def _pointed_at(pointer: Path) -> str:
         name = pointer.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return ""
-    return name if name.startswith("step-") and Path(name).name == name else ""
+    return name if name.startswith("step-") and Path(name).name == name and "\0" not in name else ""
 
 
 def _point(pointer: Path, name: str) -> None:

@@ -1,12 +1,13 @@
 """The verbs behind `anert run`: training with its events shown and logged, sampling, and what a plugin's command gets.
 
-The engine is reached through three names only: train.train, sample.generate and runtime.open_runtime.
+The engine is reached through three names only: train.train, sample.sample and runtime.open_runtime.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import math
 import os
 import signal
 import sys
@@ -84,28 +85,71 @@ def train(job: Job, *, ui: str | None = None, log: Path | None = None, as_json: 
     return EXIT_CODES.get(done.reason, 1)
 
 
-def sample(
-    plugin: Plugin, checkpoint: Path, prompt: str, n: int, settings: Mapping[str, Any], *, as_json: bool = False
-) -> int:
-    """Write `n` texts as they are made; returns the exit code. With `as_json` they also end as one object."""
+def sample(plugin: Plugin, checkpoint: Path, prompt: str, settings: Mapping[str, Any], *, as_json: bool = False) -> int:
+    """Write texts as they are made, their speed on stderr; returns the exit code. With `as_json` they also end as one
+    object."""
     if not checkpoint.exists():
         raise InputError(f"{checkpoint}: no checkpoint there; a training run leaves one in its --out directory")
-    generate: Callable[..., Iterator[str]] = plugin.sample_with or _engine("sample", "generate")
     stream = sys.stderr if as_json else sys.stdout
-    texts, start = [], time.perf_counter()
-    for i in range(n):
-        pieces = []
-        for piece in generate(checkpoint, prompt, plugin=plugin, **{**settings, "seed": settings["seed"] + i}):
-            stream.write(piece)
+    start = time.perf_counter()
+    first = math.nan
+    texts: list[str] = []
+    told: list[ev.Told] = []
+    for event in _told(plugin, checkpoint, prompt, settings):
+        if isinstance(event, ev.Text):
+            first = time.perf_counter() - start if math.isnan(first) else first
+            if event.index == len(texts):
+                stream.write("\n---\n" if texts else "")
+                texts.append("")
+            texts[-1] += event.text
+            stream.write(event.text)
+        else:
+            if texts and isinstance(event, ev.Notice):
+                stream.write("\n")
             stream.flush()
-            pieces.append(piece)
-        stream.write("\n" if i + 1 == n else "\n---\n")
+            _aside(event)
+            told += [event] if isinstance(event, ev.Told) else []
         stream.flush()
-        texts.append("".join(pieces))
+    stream.write("\n")
+    stream.flush()
     if as_json:
         seconds = time.perf_counter() - start
-        sys.stdout.write(dumps({"prompt": prompt, "samples": texts, "seconds": seconds, **settings}) + "\n")
+        runs = [{**t.as_dict(), "prefill_tokens_per_s": t.prefill_tokens_per_s,
+                 "decode_tokens_per_s": t.decode_tokens_per_s} for t in told]  # fmt: skip
+        found = {
+            "prompt": prompt,
+            "samples": texts,
+            "seconds": seconds,
+            "first_text_s": first,
+            "runs": runs,
+            **settings,
+        }
+        sys.stdout.write(dumps(found) + "\n")
     return 0
+
+
+def _told(plugin: Plugin, checkpoint: Path, prompt: str, settings: Mapping[str, Any]) -> Iterator[ev.Event]:
+    """Events of anert.sample.sample, or of the plugin's own sampler, which yields text for one sample a call."""
+    if plugin.sample_with is None:
+        yield from _engine("sample", "sample")(checkpoint, prompt, plugin=plugin, **settings)
+        return
+    n = settings["num_samples"]
+    rest = {k: v for k, v in settings.items() if k != "num_samples"}
+    for i in range(n):
+        for piece in plugin.sample_with(checkpoint, prompt, plugin=plugin, **{**rest, "seed": settings["seed"] + i}):
+            yield ev.Text(piece, i)
+
+
+def _aside(event: ev.Event) -> None:
+    """What is not text, as a line on stderr."""
+    if isinstance(event, ev.Notice):
+        sys.stderr.write(f"anert: {event.text}\n")
+    elif isinstance(event, ev.Told):
+        speeds = [f"prefill {event.prompt_tokens} tokens in {event.prefill_ms:.1f} ms "
+                  f"({event.prefill_tokens_per_s:.0f} tok/s)"]  # fmt: skip
+        if event.tokens > 1:
+            speeds.append(f"decode {event.tokens} tokens ({event.decode_tokens_per_s:.0f} tok/s)")
+        sys.stderr.write(f"\nanert: {', '.join(speeds)}, ended by {event.reason}\n")
 
 
 def open_ui(kind: str | None, stream: TextIO) -> UI:

@@ -132,3 +132,35 @@ class RunDone(Event):
 
     reason: str
     summary: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Text(Event):
+    """A piece of sample `index`, as it comes."""
+
+    text: str
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Told(Event):
+    """The end of a text. reason: `length`, `end` (bos or eos), `stop` or `time`; slid: how often the context slid."""
+
+    index: int
+    seed: int
+    prompt_tokens: int
+    tokens: int
+    """New ones."""
+    reason: str
+    slid: int
+    prefill_ms: float
+    decode_ms: float
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        return self.prompt_tokens / self.prefill_ms * 1e3 if self.prefill_ms else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Of the tokens behind the first: that one comes from the prefill."""
+        return (self.tokens - 1) / self.decode_ms * 1e3 if self.tokens > 1 and self.decode_ms else 0.0

@@ -99,6 +99,15 @@ def open_weights(
     return Weights(followed, source.tensors, None, source.tokenizer, source.tokenizer_name)
 
 
+def plugin_of(path: Path) -> str:
+    """Name of the plugin that trained a checkpoint; `stories`, whose model is Llama's, for another program's file."""
+    from anert import checkpoint
+
+    if path.is_dir() or path.name in ("last", "best"):
+        return str(checkpoint.load(path).state.get("plugin", "stories"))
+    return "stories"
+
+
 def open_model(plugin: Plugin, path: Path, tokenizer: str) -> tuple[Decoder, Mapping[str, np.ndarray], Tokenizer]:
     """The model, its weights (read when asked for) and its tokenizer, from a model file of any format."""
     from anert.formats import open_model_file
@@ -153,7 +162,7 @@ def open_data(
     """Yields progress; returns the Data: tokenizer found or trained, text written or read, tokenized, mapped."""
     from anert import data
     from anert.tokenizer import load_tokenizer
-    from anert.train import waited
+    from anert.waiting import waited
 
     cache = out / "data"
     if options.data:
@@ -207,6 +216,7 @@ def open_inputs(
     if world.rank == 0:
         out = run_dir(plugin.name, preset.name, options)
         weights = yield from open_weights(plugin, preset, config, options, out)
+        preset.model(weights.config)  # refuses what cannot be before anything is written
         data = yield from open_data(plugin, preset, weights.config, options, out, weights)
         found = Inputs(out, data, weights, place_of(weights.checkpoint))
     return found if found is not None and world.size == 1 else _shared(world, found, config)
@@ -252,7 +262,7 @@ def _shared(world: World, mine: Inputs | None, config: Any) -> Inputs:
 
 
 def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Path) -> Generator[Event, None, Path]:
-    from anert.train import waited
+    from anert.waiting import waited
 
     name = preset.dataset or next(iter(plugin.datasets), "")
     if not name:
@@ -281,7 +291,7 @@ def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Even
     """A byte-level BPE trained on the text, kept in the run's cache."""
     from anert import data
     from anert.tokenizer import ByteBPETokenizer, load_tokenizer
-    from anert.train import waited
+    from anert.waiting import waited
 
     path = cache / "tokenizer.json"
     if not path.exists():

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from anert.errors import InputError, PluginError, ShapeError
 from anert.mil.graph import Function, Value
-from anert.nn import Positions
+from anert.nn import CachedPositions, Positions
 from anert.param import Spec
 
 Block = Callable[[Any, Value, Any, Positions], Value]
@@ -93,18 +93,28 @@ class Decoder:
 
     def trace(self, block: Block, seq_len: int, batch: int) -> Function:
         """One block as a Function: inputs `x` (dim, N) and the layer parameters that it reads; output `y` (dim, N)."""
+        return self._trace(block, self.positions(seq_len, batch))
+
+    def trace_cached(self, block: Block, seq_len: int, cached: int) -> Function:
+        """The same block function for `seq_len` positions behind a cache of `cached`: see nn.CachedPositions for the
+        further inputs and outputs."""
+        return self._trace(block, CachedPositions(seq_len, cached, self.positions(1, 1).theta))
+
+    def _trace(self, block: Block, pos: Positions) -> Function:
         cfg = self.config
         name = getattr(block, "__name__", "block")
         fn = Function(name)
-        x = fn.input("x", (cfg.dim, seq_len * batch))
-        y = block(cfg, x, _Weights(fn, self.layer_params(cfg), name), self.positions(seq_len, batch))
+        x = fn.input("x", (cfg.dim, pos.seq_len * pos.batch))
+        y = block(cfg, x, _Weights(fn, self.layer_params(cfg), name), pos)
         if not isinstance(y, Value) or y.shape != x.shape:
             got = y.shape if isinstance(y, Value) else type(y).__name__
             raise ShapeError(f"block {name!r} must return a value of x's shape {x.shape}, got {got}")
         if y is x:
             raise PluginError(f"block {name!r} returns its input unchanged")
-        fn.claim("y", y)
-        return fn.returns(y)
+        outputs = {"y": y, **(pos.outputs if isinstance(pos, CachedPositions) else {})}
+        for port, value in outputs.items():
+            fn.claim(port, value)
+        return fn.returns(*outputs.values())
 
     def describe(self) -> dict[str, Any]:
         """The config as plain values, for checkpoints and reports."""

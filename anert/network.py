@@ -406,7 +406,8 @@ class Network:
         block = self._blocks[j]
         with self.x[first - 1].surface.access(read_only=True):
             inputs = {"x": self.x[first - 1].array().copy()}
-        inputs |= {n: self.store[f"layers.{layer}.{n}"].master.astype(np.float16) for n in block.params}
+        with np.errstate(over="ignore"):
+            inputs |= {n: self.store[f"layers.{layer}.{n}"].master.astype(np.float16) for n in block.params}
         found = first_nonfinite(block.source, inputs)
         op = f"op {found[1]} ({found[2]})" if found else "its fp16 output port"
         return f"layer {layer}, block {block.name}, {op}"

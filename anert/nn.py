@@ -4,6 +4,8 @@ no `rsqrt`, no `reduce_mean`, explicit additive masks. Values are fp16-typed, (C
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from anert.errors import ShapeError
@@ -13,6 +15,12 @@ from anert.mil.graph import Function, Value
 MASKED = -30000.0
 """Added to a masked attention score: exp underflows to exactly 0, and it stays finite in fp16 with a score beside
 it."""
+
+
+def halves(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """x as a sum of two fp16 arrays, to 2^-24 of it: what fp16 holds of it, and of the rest."""
+    high = x.astype(np.float16)
+    return high, (x - high).astype(np.float16)
 
 
 class Positions:
@@ -33,29 +41,86 @@ class Positions:
             value = self._consts[key] = fn.const(make, "fp16", kind)
         return value
 
-    def rotation(self, fn: Function, head_dim: int) -> tuple[Value, Value]:
-        """cos and sin, each (head_dim, N): channels 2i and 2i+1 turn by position * theta^(-2i/head_dim) (Su et al.
-        2021). Each is a sum of two fp16 constants: rounded to one, they alone put logits off by 2e-3 of the largest
-        where the interior is fp32."""
+    def angles(self, head_dim: int) -> np.ndarray:
+        """(head_dim, T): channels 2i and 2i+1 turn by position * theta^(-2i/head_dim) (Su et al. 2021)."""
         frequency = self.theta ** (-np.arange(0, head_dim, 2) / head_dim)
-        angle = np.repeat(np.outer(frequency, np.arange(self.seq_len)), 2, axis=0)
-        angle = np.tile(angle, (1, self.batch))  # (hd, N)
+        return np.repeat(np.outer(frequency, np.arange(self.seq_len)), 2, axis=0)
+
+    def rotation(self, fn: Function, head_dim: int) -> tuple[Value, Value]:
+        """cos and sin of `angles`, each (head_dim, N), a sum of two fp16 constants: rounded to one, they alone put
+        logits off by 2e-3 of the largest where the interior is fp32."""
+        angle = np.tile(self.angles(head_dim), (1, self.batch))  # (hd, N)
         return self._sum(fn, "cos", head_dim, np.cos(angle)), self._sum(fn, "sin", head_dim, np.sin(angle))
 
     def _sum(self, fn: Function, kind: str, size: int, make: np.ndarray) -> Value:
-        """`make` to 2^-24: what fp16 holds of it, plus what fp16 holds of the rest."""
+        """The sum of the two halves of `make`."""
         key = (id(fn), kind, size)
         value = self._consts.get(key)
         if value is None or value.function is not fn:
-            high = make.astype(np.float16)
-            low = fn.const(make - high, "fp16", f"{kind}_low")
-            value = self._consts[key] = ops.add(fn.const(high, "fp16", f"{kind}_high"), low, name=kind)
+            high, low = halves(make)
+            value = self._consts[key] = ops.add(
+                fn.const(high, "fp16", f"{kind}_high"), fn.const(low, "fp16", f"{kind}_low"), name=kind
+            )
         return value
 
     def mask(self, fn: Function) -> Value:
         """(T, T) additive: 0 where key <= query, MASKED above the diagonal."""
         t = self.seq_len
         return self._const(fn, "mask", t, np.triu(np.full((t, t), MASKED), 1))
+
+    def past(self, k: Value, v: Value) -> Past | None:
+        """What `causal_attention` sees beside k and v (KV, hd, N): nothing in training."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """Earlier positions as inputs: k and v (KV * hd, S), mask (1, S) additive: 0 where a position is, else MASKED."""
+
+    k: Value
+    v: Value
+    mask: Value
+
+
+class CachedPositions(Positions):
+    """T positions of one sequence behind up to S cached ones: where they stand is an input, not a constant.
+
+    Rotation tables become the inputs `cos<hd>`, `sin<hd>` (2 hd, T): `halves`, one above the other. The cache of the
+    n-th attention of a block becomes the inputs `k<n>`, `v<n>` (KV * hd, S) and `past` (1, S), and its new keys and
+    values the outputs `k<n>_new`, `v<n>_new` (KV * hd, T).
+    """
+
+    def __init__(self, seq_len: int, cached: int, theta: float = 10000.0) -> None:
+        super().__init__(seq_len, 1, theta)
+        self.cached = cached
+        self.outputs: dict[str, Value] = {}
+        self._inputs: dict[str, Value] = {}
+        self._sums: dict[str, Value] = {}
+
+    def _input(self, fn: Function, name: str, shape: tuple[int, int]) -> Value:
+        if name not in self._inputs:
+            self._inputs[name] = fn.input(name, shape)
+        return self._inputs[name]
+
+    def rotation(self, fn: Function, head_dim: int) -> tuple[Value, Value]:
+        cos, sin = (self._halved(fn, f"{name}{head_dim}", head_dim) for name in ("cos", "sin"))
+        return cos, sin
+
+    def _halved(self, fn: Function, name: str, head_dim: int) -> Value:
+        """The sum (1, head_dim, T) of an input's two halves."""
+        if name not in self._sums:
+            x = self._input(fn, name, (2 * head_dim, self.seq_len))
+            parts = ops.reshape(x, shape=(2, head_dim, self.seq_len))
+            self._sums[name] = ops.reduce_sum(parts, axes=(0,), keep_dims=True)
+        return self._sums[name]
+
+    def past(self, k: Value, v: Value) -> Past:
+        fn, n, rows = k.function, len(self.outputs) // 2, k.shape[0] * k.shape[1]
+        self.outputs |= {f"k{n}_new": merge(k), f"v{n}_new": merge(v)}
+        shape = (rows, self.cached)
+        return Past(
+            self._input(fn, f"k{n}", shape), self._input(fn, f"v{n}", shape), self._input(fn, "past", (1, self.cached))
+        )
 
 
 def rmsnorm(x: Value, gain: Value, eps: float = 1e-5) -> Value:
@@ -145,10 +210,32 @@ def causal_attention(q: Value, k: Value, v: Value, pos: Positions) -> Value:
         r = len(lead)
         return x if b == 1 else ops.transpose(x, perm=(r + 1, *range(r + 1), r + 2))
 
-    q, k, v = split(q, group), split(k, group if h == kv else (kv, 1)), split(v, group if h == kv else (kv, 1))
+    shared = group if h == kv else (kv, 1)
+    past = pos.past(k, v)
+    q, k, v = split(q, group), split(k, shared), split(v, shared)
+    if past is not None:
+        return ops.reshape(_attend(q, k, v, past, pos), shape=(h, hd, n))
     scores = ops.matmul(q, k, transpose_x=True) * (hd**-0.5) + pos.mask(q.function)  # (.., T, T)
     out = ops.matmul(v, ops.softmax(scores, axis=-1), transpose_y=True)  # (.., hd, T)
     if b != 1:
         r = len(group)
         out = ops.transpose(out, perm=(*range(1, r + 2), 0, r + 2))
     return ops.reshape(out, shape=(h, hd, n))
+
+
+def _attend(q: Value, k: Value, v: Value, past: Past, pos: Positions) -> Value:
+    """One softmax over cached and new keys, without joining them: no copy of the cache, no slice by width.
+
+    q (.., hd, T), k and v (.., hd, T) -> (.., hd, T).
+    """
+    old_k, old_v = (ops.reshape(x, shape=(*k.shape[:-1], x.shape[1])) for x in (past.k, past.v))
+    scale = q.shape[-2] ** -0.5
+    old = ops.matmul(q, old_k, transpose_x=True) * scale + past.mask  # (.., T, S)
+    new = ops.matmul(q, k, transpose_x=True) * scale  # (.., T, T)
+    if pos.seq_len > 1:
+        new = new + pos.mask(q.function)
+    top = ops.maximum(ops.reduce_max(old, axes=(-1,), keep_dims=True), ops.reduce_max(new, axes=(-1,), keep_dims=True))
+    old, new = ops.exp(old - top), ops.exp(new - top)
+    total = ops.reduce_sum(old, axes=(-1,), keep_dims=True) + ops.reduce_sum(new, axes=(-1,), keep_dims=True)
+    old, new = ops.real_div(old, total), ops.real_div(new, total)
+    return ops.matmul(old_v, old, transpose_y=True) + ops.matmul(v, new, transpose_y=True)

@@ -177,16 +177,24 @@ class ParamStore(Mapping[str, Param]):
     def load(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Copy tensors of the same names and sizes into the masters. InputError names what is missing or misshapen."""
         for name, p in self.items():
-            if name not in tensors:
-                raise InputError(f"the checkpoint has no tensor {name!r} that this model needs")
-            source = np.asarray(tensors[name])
-            if source.dtype.kind not in "fiu" and source.dtype.name != "bfloat16":
-                raise InputError(
-                    f"tensor {name!r} is {source.dtype} in the checkpoint: expected floating-point numbers"
-                )
-            if source.size != p.spec.size:
-                raise InputError(f"tensor {name!r} is {source.shape} in the checkpoint, the model needs {p.spec.shape}")
-            p.master[...] = source.reshape(p.spec.shape)
+            p.master[...] = self._tensor(tensors, name)
+
+    def adopt(self, tensors: Mapping[str, np.ndarray]) -> None:
+        """As `load`, for weights that will not change: masters become views of the tensors where these are float32, so
+        that a mapped file is read once, on its way into the fp16 copies."""
+        for name, p in self.items():
+            p.master = np.ascontiguousarray(self._tensor(tensors, name), np.float32)
+
+    def _tensor(self, tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+        """The tensor of this name in its parameter's shape."""
+        if name not in tensors:
+            raise InputError(f"the checkpoint has no tensor {name!r} that this model needs")
+        source, spec = np.asarray(tensors[name]), self[name].spec
+        if source.dtype.kind not in "fiu" and source.dtype.name != "bfloat16":
+            raise InputError(f"tensor {name!r} is {source.dtype} in the checkpoint: expected floating-point numbers")
+        if source.size != spec.size:
+            raise InputError(f"tensor {name!r} is {source.shape} in the checkpoint, the model needs {spec.shape}")
+        return source.reshape(spec.shape)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Name -> master, as saved: vectors (n, 1) as (n,)."""

@@ -73,8 +73,8 @@ def _columns(value: Value, role: str, channels: int) -> int:
 
 
 class _Splitter:
-    def __init__(self, function: Function, role: dict[str, str], limits: Capabilities) -> None:
-        self.fn, self.role, self.limits = function, role, limits
+    def __init__(self, function: Function, role: dict[str, str], limits: Capabilities, packable: bool) -> None:
+        self.fn, self.role, self.limits, self.packable = function, role, limits, packable
         self.drafts: list[_Draft] = []
         self.stage: dict[Op, int] = {}
         self.inputs = set(function.inputs)
@@ -148,7 +148,9 @@ class _Splitter:
 
     def fits(self, leaves: Iterable[Value]) -> bool:
         values = list(leaves)
-        return len(values) <= self.limits.max_inputs and packing_mode(values, self.role, self.limits) != ""
+        if len(values) > self.limits.max_inputs:
+            return False
+        return not self.packable or packing_mode(values, self.role, self.limits) != ""
 
     def _ordered(self, values: Iterable[Value]) -> list[Value]:
         wanted = set(values)
@@ -215,10 +217,10 @@ def _roots(op: Op) -> list[Value]:
     return roots
 
 
-def split(function: Function, role: dict[str, str], limits: Capabilities = ANE) -> list[Stage]:
+def split(function: Function, role: dict[str, str], limits: Capabilities = ANE, packable: bool = True) -> list[Stage]:
     """Cut a Function into stages in execution order. `role` names its inputs' roles (see `roles`).
 
     A stage's inputs are inputs of the function or results of earlier stages, by name; the function's outputs keep
-    theirs.
+    theirs. packable False: only the number of inputs cuts, for functions that separate ports alone can carry.
     """
-    return _Splitter(function, role, limits).run()
+    return _Splitter(function, role, limits, packable).run()

@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from anert.errors import AnertError, InputError, NonFiniteError
-from anert.events import Event, Notice, Progress, RunDone, RunStarted, Sampled, Saved, StepDone, Validated
+from anert.events import Event, Notice, RunDone, RunStarted, Sampled, Saved, StepDone, Validated
 from anert.health import Health
+from anert.waiting import waited
 
 if TYPE_CHECKING:
     from anert.checkpoint import Checkpoint
     from anert.plugin import Plugin
     from anert.saver import Saver
 
-T = TypeVar("T")
+SAMPLE_WIDTHS = (1, 32)
+"""Programs for the samples during training: prompts are short."""
 RETRY_S = 30.0
 """Seconds until a save that the disk refused is tried again."""
 
@@ -90,36 +90,6 @@ class TrainOptions:
     """0: the backend's own."""
 
 
-def waited(task: str, unit: str, work: Callable[[Callable[[float, float], None]], T]) -> Generator[Event, None, T]:
-    """Run `work(progress)` in a thread and yield its progress(done, total) at most four times a second; returns its
-    result."""
-    ticks: queue.SimpleQueue[tuple[float, float] | None] = queue.SimpleQueue()
-    outcome: list[Any] = []
-    last = 0.0
-
-    def report(done: float, total: float) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > 0.25 or done >= total > 0:
-            last = now
-            ticks.put((done, total))
-
-    def run() -> None:
-        try:
-            outcome.extend((True, work(report)))
-        except BaseException as error:  # handed to the caller's thread below
-            outcome.extend((False, error))
-        ticks.put(None)
-
-    threading.Thread(target=run, name=f"anert-{task}", daemon=True).start()
-    while (tick := ticks.get()) is not None:
-        yield Progress(task, *tick, unit)
-    ok, result = outcome
-    if not ok:
-        raise result
-    return result
-
-
 class Trainer:
     """One run: prepares data and model, steps, validates, samples, saves. `run` is the generator that `train`
     returns."""
@@ -169,6 +139,7 @@ class Trainer:
         self.rt = Runtime(o.backend, o.precision, o.layout, threads, o.compile_budget)
         self.world.require_equal("options", repr((self.plugin.name, self.config, o, self.rt.precision)))
         yield Notice("info", self.rt.note)
+        self._optimizer_kind()  # refuses what cannot be before anything is written or compiled
         inputs = yield from open_inputs(self.plugin, self.preset, self.config, o, self.world)
         self.out, self.data, self.config = inputs.out, inputs.data, inputs.data.config
         self.model = self.preset.model(self.config)
@@ -192,25 +163,31 @@ class Trainer:
         self.store.sync()
 
     def _networks(self) -> Iterator[Event]:
+        from anert.decode import Session
         from anert.network import Network
 
         cfg = self.config
 
-        def build(progress: Callable[[float, float], None]) -> tuple[Network, Network]:
+        def build(progress: Callable[[float, float], None]) -> tuple[Network, Session]:
             ready = self.gradient_sum.ready if self.gradient_sum else None
             train = Network(self.rt, self.model, self.store, cfg.seq_len, self.batch, True, progress, ready)
-            return train, Network(self.rt, self.model, self.store, cfg.seq_len, 1, False, progress)
+            return train, Session(self.rt, self.model, self.store, widths=SAMPLE_WIDTHS, on_compile=progress)
 
         self.net, self.sampler = yield from waited("compile kernels", "kernels", build)
 
+    def _optimizer_kind(self) -> Any:
+        from anert.optim import OPTIMIZERS
+
+        known: dict[str, Any] = {**OPTIMIZERS, **self.plugin.optimizers}
+        if self.options.optimizer not in known:
+            raise InputError(f"--optimizer {self.options.optimizer!r} is not known: choose {', '.join(known)}")
+        return known[self.options.optimizer]
+
     def _optimizer(self) -> None:
-        from anert.optim import OPTIMIZERS, LossScale, warmup_cosine
+        from anert.optim import LossScale, warmup_cosine
 
         o = self.options
-        known: dict[str, Any] = {**OPTIMIZERS, **self.plugin.optimizers}
-        if o.optimizer not in known:
-            raise InputError(f"--optimizer {o.optimizer!r} is not known: choose {', '.join(known)}")
-        self.optimizer = known[o.optimizer](self.store, o.beta1, o.beta2, o.eps, o.weight_decay)
+        self.optimizer = self._optimizer_kind()(self.store, o.beta1, o.beta2, o.eps, o.weight_decay)
         self.schedule = warmup_cosine(o.lr, o.min_lr, o.warmup, o.steps)
         self.scale = LossScale(o.loss_scale, o.scale_window)
         self.batches = self.data.dataset.train_batches(self.batch, o.seed, self.world.rank, self.world.size)
@@ -421,7 +398,7 @@ class Trainer:
         step_ms = (now - start) * 1e3
         self.step_ms.append(step_ms)
         tokens_done = o.batch * o.grad_accum * self.config.seq_len
-        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "sync": 0.0, "dashboard": self.ui_ms}
+        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "dashboard": self.ui_ms}
         elapsed = now - self._begin
         return StepDone(
             step=self.step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=bool(why),
@@ -507,15 +484,16 @@ class Trainer:
             yield from self.save(best=True)
 
     def _sample(self, max_tokens: int = 200, seconds: float = 1.0) -> Sampled:
-        from anert.sample import Sampler, continue_text
+        from anert.events import Text
+        from anert.sample import Limits, tell
+        from anert.sampler import Sampler
 
         start = time.perf_counter()
         settings = Sampler(temperature=0.8, top_k=50, seed=self.options.seed)
-        text = "".join(
-            continue_text(
-                lambda _: self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, max_tokens, seconds
-            )
+        told = tell(
+            self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, Limits(max_tokens, seconds)
         )
+        text = "".join(event.text for event in told if isinstance(event, Text))
         return Sampled(self.step, text, (time.perf_counter() - start) * 1e3)
 
     def _finish(self, reason: str) -> Iterator[Event]:
@@ -532,7 +510,7 @@ class Trainer:
                 yield Notice("warning", f"the last {self.health.bad} steps were not usable, so not saved ({self.why}). "
                                         f"{self._kept()}")  # fmt: skip
             if reason != "interrupted" and self.options.sample_every and self.world.rank == 0:
-                yield self._sample(seconds=5.0)
+                yield self._sample(500, seconds=5.0)  # a whole story
         yield RunDone(reason, self.summary())
         self.rt.close()
 

@@ -18,7 +18,8 @@ enum {
     ANERT_ISA_AVX2 = 1,       /* AVX2 + FMA + F16C */
     ANERT_ISA_AVX512 = 2,     /* AVX-512 F, BW, VL, DQ */
     ANERT_ISA_AVX512BF16 = 3, /* the same + vdpbf16ps */
-    ANERT_ISA_NEON = 4        /* aarch64 base */
+    ANERT_ISA_NEON = 4,       /* aarch64 base */
+    ANERT_ISA_AMX = 5         /* AVX512BF16 + AMX tiles of bf16, for GEMMs of that precision */
 };
 int32_t anert_isa_supported(int32_t isa); /* 1 if this build and this CPU have it */
 const char *anert_isa_name(int32_t isa);  /* "avx2"; NULL for an unknown number */
@@ -246,6 +247,21 @@ void anert_plan_free(anert_plan *plan); /* NULL is fine */
  * beyond the pool's scratch, which grows once. Re-entrant for different bases and arenas. */
 anert_status anert_plan_run(const anert_plan *plan, anert_pool *pool, void *const *bases, int32_t n_bases, void *arena,
                             anert_error *err);
+/* Plans that follow each other, in one call: plan by plan on its bases, all in the same arena. */
+typedef struct {
+    const anert_plan *plan;
+    void *const *bases;
+    int32_t n_bases;
+} anert_link;
+anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_pool *pool, void *arena, anert_error *err);
+/* Columns [0, count) of src (rows, ..) fp16 become columns [at, at + count) of dst, for each of n: new keys and values
+ * into their cache. Strides are in elements; dst has `cols` columns. */
+typedef struct {
+    const uint16_t *src;
+    uint16_t *dst;
+    int64_t rows, cols, src_stride, dst_stride;
+} anert_columns;
+anert_status anert_columns_put(const anert_columns *columns, int32_t n, int64_t at, int64_t count, anert_error *err);
 /* How many values counter i saw overflow fp16 since the plan was made; reset sets it to 0. */
 uint64_t anert_plan_counter(anert_plan *plan, int32_t i, int32_t reset);
 #endif

@@ -142,6 +142,12 @@ DAMAGE = {
     "state gone": (lambda p: (p / "state.json").unlink(), "it was not finished"),
     "state cut": (lambda p: os.truncate(p / "state.json", 50), "state.json is damaged"),
     "state a list": (lambda p: (p / "state.json").write_text("[1]"), "state.json is damaged"),
+    "size in words": (
+        lambda p: (p / "state.json").write_text(
+            (p / "state.json").read_text().replace('"size": ', '"size": "a" , "x": ')
+        ),
+        "state.json is damaged",
+    ),
     "state empty": (lambda p: (p / "state.json").write_text("{}"), "state.json is damaged"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import io
 import json
@@ -433,3 +434,13 @@ def test_an_interruption_is_shown_at_once_and_the_terminal_given_back(capfd: pyt
     out = drained(master, lambda: True)
     assert "\x1b[?1049l\x1b[?25h" in out
     assert capfd.readouterr().err == "anert: stopping\n"
+
+
+@pytest.mark.parametrize("size", [(80, 24), (140, 40)])
+def test_a_weight_sync_that_the_optimizer_does_is_said_to_be_there(size: tuple[int, int]) -> None:
+    done = fake_run.step(1)
+    fused = dataclasses.replace(done, ms={k: v for k, v in done.ms.items() if k != "sync"})
+    for step, words in ((done, " ms "), (fused, "in optimizer")):
+        shown = text(frame(board([fake_run.started(), step]).snapshot(), *size))
+        row = next(line for line in shown.splitlines() if "weight sync" in line)
+        assert words in row, row

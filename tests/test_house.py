@@ -21,6 +21,7 @@ NATIVE = sorted(p for p in (ROOT / "native").rglob("*") if p.suffix in (".c", ".
 
 LAYERS = (
     ("errors", "capabilities", "events", "files", "plot"),
+    ("waiting",),
     ("ffi",),
     ("surface",),
     ("mil.graph",),
@@ -30,11 +31,11 @@ LAYERS = (
     ("kernel",),
     ("backend",),
     ("probes",),
-    ("param", "nn", "tokenizer"),
+    ("param", "nn", "tokenizer", "sampler"),
     ("optim", "model", "data", "plugin", "head", "health", "schedule"),
     ("runtime", "blocks"),
     ("network", "checkpoint", "saver", "dist"),
-    ("formats",),
+    ("decode", "formats", "numpy_llama"),
     ("train", "inputs", "sample"),
     ("evaluate", "bench", "estimate", "convert", "inspect", "verify", "doctor"),
     ("report", "options", "scaffold"),
@@ -62,7 +63,7 @@ ONLY = {
 }
 """Top-level modules that only these modules of anert may import."""
 
-C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head")
+C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head", "decode")
 """Modules that may name a function of the native library (`lib.anert_...`)."""
 
 

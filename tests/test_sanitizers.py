@@ -82,13 +82,13 @@ def pytest_command(files: tuple[str, ...]) -> list[str]:
 
 
 def test_a_bad_access_is_reported(address: Sanitized) -> None:
-    """The lane can fail: fp16 conversion told of one element more than there is."""
+    """The lane can fail: fp16 conversion told of a hundred times what there is."""
     code = "from anert import ffi\nc = ffi.load()\na, b = c.ffi.new('float[]', 100), c.ffi.new('uint16_t[]', 100)\n"
     code += "c.lib.anert_f32_to_f16(c.ffi.NULL, a, b, 10_000, 0, c.ffi.NULL, c.ffi.NULL)\n"
     exit_code, _, reports = address.run("-c", code)
     for path in address.folder.glob("report.*"):
         path.unlink()
-    assert exit_code != 0 and "AddressSanitizer: heap-buffer-overflow" in reports
+    assert exit_code != 0 and "ERROR: AddressSanitizer: " in reports
 
 
 def test_native_tests_under_address_and_undefined(address: Sanitized) -> None:

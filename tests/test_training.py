@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from anert.data import TokenDataset
 from anert.events import RunDone, RunStarted
 from anert.optim import warmup_cosine
 from anert.plugin import load
@@ -122,6 +124,27 @@ def test_memory_and_compiles_stay_as_they_are(tmp_path: Path, shared_data: Path)
     assert len(steps) == 1000
     assert started["kernels"] == steps[3]["compiles"] == steps[300]["compiles"] == steps[1000]["compiles"]
     assert steps[1000]["rss_bytes"] < 1.01 * steps[100]["rss_bytes"]
+
+
+@pytest.mark.slow
+def test_the_first_run_ends_in_a_story(tmp_path: Path) -> None:
+    """With nothing given: corpus, tokenizer, `tiny`, and a story in the corpus' words, over 1.5 nats below what the
+    frequencies of tokens alone would give; with fewer steps than a user's 90 seconds."""
+    command = [sys.executable, "-m", "anert", "run", str(ROOT / "plugins" / "stories.py"), "--json", "--ui", "plain"]
+    command += ["--steps", "400", "--batch", "2", "--time-budget", "0", "--sample-every", "400", "--eval-every", "400"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    run = tmp_path / summary["out"]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
+    story = [e["text"] for e in events if e["event"] == "Sampled"][-1]
+    (corpus,) = (run / "data").glob("*.txt")
+    known = set(re.findall(r"[a-z']+", corpus.read_text("utf-8").lower()))
+    words = re.findall(r"[a-z']+", story.lower())
+    assert len(words) >= 40, story
+    assert sum(w in known for w in words) > 0.95 * len(words), story
+    (tokens,) = (run / "data").glob("*.bin")
+    assert summary["val_loss"] < TokenDataset(tokens, 128).unigram_entropy() - 1.5
 
 
 if __name__ == "__main__":  # python tests/test_training.py SHARED_DATA FOLDER [STEPS]

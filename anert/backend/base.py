@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from anert.capabilities import Capabilities
@@ -53,6 +53,17 @@ class Binding(abc.ABC):
 
     @abc.abstractmethod
     def run(self) -> None: ...
+
+
+class Chain(Binding):
+    """Bindings that run one after another."""
+
+    def __init__(self, bindings: Sequence[Binding]) -> None:
+        self.bindings = tuple(bindings)
+
+    def run(self) -> None:
+        for binding in self.bindings:
+            binding.run()
 
 
 class Program(abc.ABC):
@@ -124,6 +135,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def _compile(self, text: str, blobs: Mapping[str, bytes]) -> Program: ...
+
+    def chain(self, bindings: Sequence[Binding]) -> Binding:
+        """Bindings of this backend as one, run in order."""
+        return Chain(bindings)
 
     @abc.abstractmethod
     def surface(self, nbytes: int) -> Surface:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from anert.backend.attention import Finder
-from anert.backend.base import Backend, Binding, Port, Program, ProgramStats
+from anert.backend.base import Backend, Binding, Chain, Port, Program, ProgramStats
 from anert.backend.emit import Emitted, Emitter
 from anert.backend.fuse import Fuser, prune, retarget
 from anert.backend.lower import Lowering, OpLowering
@@ -60,7 +60,7 @@ class RunSlot:
 class CpuBinding(Binding):
     """A CpuProgram on its surfaces. One run in flight: a second raises StateError."""
 
-    __slots__ = ("_args", "_busy", "_err", "_hold", "_keep", "_lib", "_slot")
+    __slots__ = ("_busy", "_err", "_hold", "_keep", "_lib", "_slot", "args", "reads", "writes")
 
     def __init__(self, program: CpuProgram, surfaces: Mapping[str, Surface]) -> None:
         native = load()
@@ -72,10 +72,11 @@ class CpuBinding(Binding):
             if root is None:
                 continue
             bases[i] = program.constants[root] if root.place == "const" else surfaces[root.name].ptr
-        self._args = (program.emitted.plan, program.pool.ptr, bases, len(bases))
+        self.args = (program.emitted.plan, program.pool.ptr, bases, len(bases))
         self._err = error()
-        reads = {p.name: surfaces[p.name] for p in program.inputs}
-        self._hold = Hold(reads, {p.name: surfaces[p.name] for p in program.outputs})
+        self.reads = {p.name: surfaces[p.name] for p in program.inputs}
+        self.writes = {p.name: surfaces[p.name] for p in program.outputs}
+        self._hold = Hold(self.reads, self.writes)
         self._keep = program
 
     def run(self) -> None:
@@ -86,7 +87,37 @@ class CpuBinding(Binding):
             try:
                 slot = self._slot
                 with slot.lock:
-                    if self._lib.anert_plan_run(*self._args, slot.base, self._err):
+                    if self._lib.anert_plan_run(*self.args, slot.base, self._err):
+                        call(lambda err: err.status, err=self._err)
+            finally:
+                self._hold.release()
+        finally:
+            self._busy.release()
+
+
+class CpuChain(Chain):
+    """CpuBindings of one backend, run by one C call."""
+
+    def __init__(self, bindings: Sequence[Binding], pool: Pool, slot: RunSlot) -> None:
+        super().__init__(bindings)
+        native = load()
+        self._lib, self._slot, self._busy, self._err = native.lib, slot, threading.Lock(), error()
+        members = [b for b in self.bindings if isinstance(b, CpuBinding)]
+        assert len(members) == len(self.bindings)
+        links = native.ffi.new("anert_link[]", [(b.args[0], b.args[2], b.args[3]) for b in members])
+        self._args = (links, len(links), pool.ptr)
+        reads = {f"{name} of {i}": s for i, b in enumerate(members) for name, s in b.reads.items()}
+        writes = {f"{name} of {i}": s for i, b in enumerate(members) for name, s in b.writes.items()}
+        self._hold = Hold(reads, writes)
+
+    def run(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            raise StateError("this Chain is already running: make a second one to run it twice at once")
+        try:
+            self._hold.take()
+            try:
+                with self._slot.lock:
+                    if self._lib.anert_chain_run(*self._args, self._slot.base, self._err):
                         call(lambda err: err.status, err=self._err)
             finally:
                 self._hold.release()
@@ -187,6 +218,9 @@ class CpuBackend(Backend):
             units = Finder(units).run()
         emitted = Emitter(graph, units, self.precision).run()
         return CpuProgram(function, emitted, graph.counters, self.pool, self.slot)
+
+    def chain(self, bindings: Sequence[Binding]) -> Binding:
+        return CpuChain(bindings, self.pool, self.slot)
 
     def surface(self, nbytes: int) -> Surface:
         return Surface(self.heap, max(nbytes, 1))

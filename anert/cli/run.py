@@ -59,11 +59,12 @@ def _train(plugin: Plugin, target: str, preset: str, argv: Sequence[str]) -> int
 
 
 def _sample(plugin: Plugin, target: str, argv: Sequence[str]) -> int:
-    from anert import commands
+    from anert.cli.sample import options, show
 
-    found = _sample_parser(target).parse(argv)
-    settings = {k: v for k, v in vars(found).items() if k not in ("checkpoint", "prompt", "num_samples", "json")}
-    return commands.sample(plugin, found.checkpoint, found.prompt, found.num_samples, settings, as_json=found.json)
+    parser = Parser(prog=f"anert run {target} sample", description="Write text with a trained model, as it comes.")
+    parser.add_argument("--checkpoint", required=True, metavar="PATH", type=Path,
+                        help="a run's directory, a step's, or a model file")  # fmt: skip
+    return show(plugin, options(parser).parse(argv))
 
 
 def train_parser(target: str, plugin: Plugin | None = None, prog: str = "") -> Parser:
@@ -99,25 +100,4 @@ def train_parser(target: str, plugin: Plugin | None = None, prog: str = "") -> P
         options.add_argument(
             flag(f.name), dest=f.name, type=reader(read), metavar=unit, default=kept, help=note.strip()
         )
-    return parser
-
-
-def _sample_parser(target: str) -> Parser:
-    parser = Parser(prog=f"anert run {target} sample", description="Write text with a trained model, as it comes.")
-    add = parser.add_argument
-    add("--checkpoint", required=True, metavar="PATH", type=Path, help="a run's directory, a step's, or a model file")
-    add("--prompt", default="Once upon a time", metavar="TEXT", help="what the text begins with [%(default)s]")
-    add("-n", "--max-tokens", default=256, type=reader(int, 1), metavar="N", help="tokens to write [%(default)s]")
-    add("--temperature", default=0.8, type=reader(float), metavar="X", help="0: always the likeliest [%(default)s]")
-    add("--top-k", default=0, type=reader(int), metavar="N", help="keep the N likeliest; 0: all [%(default)s]")
-    add("--top-p", default=0.95, type=reader(float), metavar="X", help="keep the likeliest of mass X [%(default)s]")
-    add("--min-p", default=0.0, type=reader(float), metavar="X", help="drop what is under X of the best [%(default)s]")
-    add("--repetition-penalty", default=1.0, type=reader(float), metavar="X", help="1: none [%(default)s]")
-    add("--seed", default=1337, type=reader(int), metavar="N", help="[%(default)s]; sample i uses seed + i")
-    add("--num-samples", default=1, type=reader(int, 1), metavar="N", help="how many texts [%(default)s]")
-    add("--tokenizer", default="", metavar="FILE", help="tokenizer file [the checkpoint's own]")
-    add("--backend", default="auto", metavar="NAME", help="auto, cpu, ane or reference [%(default)s]")
-    add("--precision", default="fp32", metavar="NAME", help="auto, fp32, bf16 or fp16 [%(default)s]")
-    add("--threads", default=0, type=reader(int), metavar="N", help="0: what the machine grants [%(default)s]")
-    add("--json", action="store_true", help="one JSON object as the last line of stdout, the text on stderr")
     return parser

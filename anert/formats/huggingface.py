@@ -155,7 +155,7 @@ def _files(path: Path) -> list[Path]:
     if (path / INDEX).is_file():
         weight_map = _json(path / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
-            isinstance(n, str) and Path(n).name == n for n in weight_map.values()
+            isinstance(n, str) and Path(n).name == n and "\0" not in n for n in weight_map.values()
         ):
             raise InputError(f"{path / INDEX}: no weight_map of file names in it: damaged index")
         return [path / n for n in sorted(set(weight_map.values()))]

@@ -42,7 +42,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         return LlamaTokenizer(llama_files.read_model(data, str(path)), data, ".model")
     if _is_ranks(data):
         pattern = PATTERNS["gpt2" if "gpt2" in path.name or "50k" in path.name else "cl100k"]
-        return ByteBPETokenizer(byte_files.from_tiktoken(data.decode(), pattern, str(path)))
+        return ByteBPETokenizer(byte_files.from_tiktoken(_text(data, path), pattern, str(path)))
     return LlamaTokenizer(llama_files.read_bin(data, str(path)), data, ".bin")
 
 

@@ -1,0 +1,250 @@
+"""Session: a model that goes on from the tokens it has seen, by programs for a few widths and a key-value cache.
+
+    session = Session(runtime, model, store)
+    logits = session.extend(prompt)          # prefill, then token by token
+    logits = session.extend([token])
+
+A program of width T takes T new positions beside the cache, the rotation and the mask as ports, and returns their keys
+and values, which the host writes into the cache. Weights are the placements that training programs read: no copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from anert import ffi
+from anert.backend.base import Binding
+from anert.blocks import BlockKernels, build_cached_blocks
+from anert.errors import InputError, StateError
+from anert.ffi import call
+from anert.head import Head
+from anert.kernel import Kernel, Slot, round_up
+from anert.model import Decoder
+from anert.network import Location
+from anert.nn import MASKED, halves
+from anert.param import ParamStore
+from anert.runtime import Runtime
+from anert.surface import Surface, locked, shared
+
+WIDTHS = (1, 32, 256)
+"""New positions that a program takes; an engine's own least width takes the place of smaller ones."""
+
+
+@dataclass(slots=True)
+class _Width:
+    """All that runs `size` new positions (the last of them may be padding)."""
+
+    size: int
+    head: Head
+    x: list[Location]
+    run: Binding
+    new: object
+    """anert_columns of the new keys and values, for all layers."""
+    n_new: int
+    rotation: list[tuple[np.ndarray, np.ndarray]]
+    """For cos and sin of each head size: (port view (2 hd, T), table (2 hd, S))."""
+    tokens: np.ndarray
+    touched: list[Surface] = field(default_factory=list)
+    filled: list[Surface] = field(default_factory=list)
+    """What the host writes before a run; it reads `made` and writes `kept` behind one. Those alone that want locks."""
+    made: list[Surface] = field(default_factory=list)
+    kept: list[Surface] = field(default_factory=list)
+
+
+class Session:
+    """A model on a runtime with room for `capacity` positions (seq_len unless given), its weights in `store`.
+
+    All programs are compiled here. `position`: how many positions the cache holds. Raises DoesNotFit before anything
+    big is allocated, CompileError past the compile budget.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        model: Decoder,
+        store: ParamStore,
+        capacity: int = 0,
+        widths: Sequence[int] = WIDTHS,
+        on_compile: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.runtime, self.model, self.store = runtime, model, store
+        self.capacity = capacity or model.config.seq_len
+        self.layers = model.config.n_layers if model.blocks else 0
+        self.caps = runtime.backend.capabilities
+        least = self.caps.width_multiple
+        self.cached = round_up(self.capacity, least)
+        sizes = {max(least, min(round_up(w, least), self.cached)) for w in widths}
+        built = {size: build_cached_blocks(model, size, self.cached, self.caps) for size in sorted(sizes)}
+        kernels = [k for blocks in built.values() for b in blocks for k in b.forward]
+        self.kernels = len({k.text for k in kernels})
+        runtime.check_memory(self._estimate(built), "the key-value cache")
+        for i, kernel in enumerate(kernels):
+            runtime.backend.compile(kernel.text, kernel.blobs)
+            if on_compile:
+                on_compile(i + 1, len(kernels))
+        self.position = 0
+        self._caches: dict[tuple[int, int, str], Location] = {}
+        self._scratch: dict[tuple[object, ...], Surface] = {}
+        self._tables: dict[str, np.ndarray] = {}
+        self._past = self._location("past", 1, self.cached)
+        self._mask = self._past.array()
+        with self._past.surface.access():
+            self._mask[...] = MASKED
+        self._place_head()
+        self.widths = [self._bind_width(size, blocks) for size, blocks in built.items()]
+
+    def _estimate(self, built: dict[int, list[BlockKernels]]) -> int:
+        blocks = next(iter(built.values()))
+        cache = sum(k.sizes[s.port] for b in blocks for k in b.forward for n, s in k.inputs.items() if _is_cache(n))
+        return cache * self.layers + max(built) * 2 * self.model.config.dim * 4
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of keys and values: what memory grows by with the context, all of it allocated at the start."""
+        return sum(c.surface.nbytes for c in self._caches.values())
+
+    # ---- surfaces and bindings
+
+    def _surface(self, nbytes: int) -> Surface:
+        return self.runtime.backend.surface(max(self.caps.min_surface, round_up(nbytes, self.caps.surface_multiple)))
+
+    def _location(self, name: str, rows: int, cols: int) -> Location:
+        width = round_up(cols, self.caps.width_multiple)
+        return Location(self._surface(2 * rows * width), Slot(name, rows, cols, 0, width, 1))
+
+    def _place_head(self) -> None:
+        for name in ("tok_embeddings", "output"):
+            if name in self.store:
+                p = self.store[name]
+                slot = Slot(name, p.rows, p.cols, 0, p.cols, 1)
+                self.store.copy_of(name, slot, p.spec.size * 2, lambda nbytes: Surface(self.runtime.heap, nbytes))
+
+    def _bind_width(self, size: int, blocks: list[BlockKernels]) -> _Width:
+        rt, store = self.runtime, self.store
+        embedding = store["tok_embeddings"]
+        head = Head(rt.heap, rt.pool, embedding, store.get("output", embedding), store.get("norm"), self.model.norm_eps,
+                    size, rt.precision)  # fmt: skip
+        ports = {f"x{i}": self._location("x", self.model.config.dim, size) for i in range(2)}
+        x, bindings = [ports["x0"]], []
+        new: list[tuple[Location, Location]] = []
+        common: dict[str, Location] = {"past": self._past}
+        for i in range(self.layers * len(blocks)):
+            layer, j = divmod(i, len(blocks))
+            env = {**common, "x": x[-1]}
+            bindings += [self._bind(kernel, env, blocks[j], layer, j, i % 2) for kernel in blocks[j].forward]
+            common |= {n: where for n, where in env.items() if n.startswith(("cos", "sin"))}
+            new += [(env[n], self._caches[layer, j, n.removesuffix("_new")]) for n in env if n.endswith("_new")]
+            x.append(env["y"])
+        columns = ffi.ffi.new("anert_columns[]", max(1, len(new)))
+        for item, (source, cache) in zip(columns, new, strict=False):
+            item.src, item.dst, item.rows = source.pointer, cache.pointer, source.slot.rows
+            item.cols, item.src_stride, item.dst_stride = self.capacity, source.slot.row_stride, cache.slot.row_stride
+        rotations = [where for n, where in common.items() if n.startswith(("cos", "sin"))]
+        rotation = [(where.array(), self._table(n)) for n, where in common.items() if where in rotations]
+        touched = [where.surface for where in common.values()] + [cache.surface for _, cache in new]
+        filled = shared(where.surface for where in (x[0], *rotations))
+        made, kept = (shared(pair[side].surface for pair in new) for side in range(2))
+        return _Width(size, head, x, rt.backend.chain(bindings), columns, len(new), rotation, np.zeros(size, np.int32),
+                      touched, filled, made, [*kept, *shared([self._past.surface])])  # fmt: skip
+
+    def _bind(self, kernel: Kernel, env: dict[str, Location], block: BlockKernels, layer: int, j: int,
+              turn: int) -> Binding:  # fmt: skip
+        """Surfaces on all ports of a kernel; what it makes joins `env`: keys and values in surfaces of their own, all
+        else in scratch that layers take turns at."""
+        surfaces: dict[str, Surface] = {}
+        for name, slot in kernel.inputs.items():
+            size = kernel.sizes[slot.port]
+            if name in block.params:
+                surfaces[slot.port] = self.store.copy_of(f"layers.{layer}.{name}", slot, size, self._surface)
+                continue
+            if _is_cache(name):
+                if (layer, j, name) not in self._caches:
+                    self._caches[layer, j, name] = Location(self._surface(size), slot)
+                env[name] = self._caches[layer, j, name]
+            elif name not in env:
+                env[name] = Location(self._surface(size), slot)  # rotation
+            surfaces[slot.port] = env[name].surface
+        for name, slot in kernel.outputs.items():
+            size = kernel.sizes[slot.port]
+            if name.endswith("_new"):
+                surfaces[slot.port] = self._surface(size)
+            else:
+                key = (kernel.name, slot.port, turn)
+                if key not in self._scratch:
+                    self._scratch[key] = self._surface(size)
+                surfaces[slot.port] = self._scratch[key]
+            env[name] = Location(surfaces[slot.port], slot)
+        return self.runtime.backend.compile(kernel.text, kernel.blobs).bind(surfaces)
+
+    def _table(self, name: str) -> np.ndarray:
+        """cos or sin of every position, (2 hd, S) fp16 halves, by name of their port: cos<hd>, sin<hd>."""
+        if name not in self._tables:
+            angle = self.model.positions(self.capacity, 1).angles(int(name[3:]))
+            self._tables[name] = np.concatenate(halves(getattr(np, name[:3])(angle)))
+        return self._tables[name]
+
+    # ---- running
+
+    def reset(self) -> None:
+        """Forget all positions."""
+        self.rewind(0)
+
+    def rewind(self, position: int) -> None:
+        """Forget the positions from `position` on; StateError if it has not been reached."""
+        if not 0 <= position <= self.position:
+            raise StateError(f"cannot go back to position {position}: the cache holds {self.position}")
+        with self._past.surface.access():
+            self._mask[:, position : self.position] = MASKED
+        self.position = position
+
+    def extend(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Append tokens to what has been seen; fp32 logits (vocab,) of what comes next.
+
+        Raises InputError for no tokens, ids outside the vocabulary, or more than the cache has room for.
+        """
+        ids = np.ascontiguousarray(tokens, np.int32)
+        if ids.ndim != 1 or ids.size == 0:
+            raise InputError(f"expected a list of at least one token, got shape {ids.shape}")
+        if ids.size > self.capacity - self.position:
+            raise InputError(
+                f"{ids.size} tokens do not fit: the context of {self.capacity} positions holds {self.position} already"
+            )
+        start = 0
+        while True:
+            width = self._width(ids.size - start)
+            count = min(width.size, ids.size - start)
+            self._run(width, ids[start : start + count])
+            start += count
+            if start == ids.size:
+                return width.head.logits(width.x[-1], np.array([count - 1], np.int32))[0]
+
+    def _width(self, n: int) -> _Width:
+        """The narrowest program that takes n tokens, or the widest there is."""
+        for width in self.widths:
+            if width.size >= n:
+                return width
+        return self.widths[-1]
+
+    def _run(self, width: _Width, ids: np.ndarray) -> None:
+        n, at = ids.size, self.position
+        width.tokens[:n] = ids
+        width.tokens[n:] = 0  # padding comes after: nobody looks back at it
+        with locked(width.filled):
+            width.head.embed(width.tokens, width.x[0])
+            for port, table in width.rotation:
+                port[:, :n] = table[:, at : at + n]
+        width.run.run()
+        with locked(width.kept, width.made):
+            call(ffi.lib.anert_columns_put, width.new, width.n_new, at, n)
+            self._mask[:, at : at + n] = 0.0
+        for surface in width.touched:
+            surface.touch()
+        self.position = at + n
+
+
+def _is_cache(name: str) -> bool:
+    """k0, v0, k1, ...: the caches among a kernel's inputs."""
+    return name[0] in "kv" and name[1:].isdigit()

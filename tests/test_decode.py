@@ -1,0 +1,171 @@
+"""Decoding from a cache: the numbers of the whole forward pass, whatever the cut into calls, widths and wire forms."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anert.backend.cpu import CpuBackend
+from anert.backend.reference import ReferenceBackend
+from anert.blocks import build_cached_blocks
+from anert.capabilities import ANE
+from anert.decode import Session
+from anert.errors import CompileError, InputError, StateError
+from anert.network import Network
+from anert.numpy_llama import NumpyLlama
+from anert.param import ParamStore
+from anert.plugin import load
+from anert.runtime import Runtime
+
+ROOT = Path(__file__).resolve().parents[1]
+SEQ_LEN = 48
+LOGIT_ERROR = 2e-3
+"""Of the largest logit: fp16 weights, caches and residual stream against float32 throughout."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    stories = load(str(ROOT / "plugins" / "stories.py"))
+    preset = stories.preset("260k")
+    return preset.model(dataclasses.replace(preset.config, seq_len=SEQ_LEN, n_layers=2))
+
+
+def opened(model, runtime: Runtime) -> tuple[ParamStore, Session]:
+    store = ParamStore(runtime.heap, runtime.pool, model.specs(), train=False)
+    store.initialise(3)
+    for p in store.values():  # larger than at the start of training, so that attention attends
+        p.master *= 1.0 if p.spec.std is None else 8.0
+    session = Session(runtime, model, store)
+    store.sync()
+    return store, session
+
+
+@pytest.fixture(scope="module")
+def both(model):
+    """(session, logits of every position by the whole forward pass, tokens)."""
+    rt = Runtime("cpu", "fp32")
+    store, session = opened(model, rt)
+    net = Network(rt, model, store, SEQ_LEN, 1, train=False)
+    store.sync()
+    tokens = np.random.default_rng(0).integers(0, 512, SEQ_LEN).astype(np.int32)
+    return session, net.head.logits(net.forward(tokens), np.arange(SEQ_LEN, dtype=np.int32)), tokens
+
+
+def close(got: np.ndarray, want: np.ndarray, bound: float = LOGIT_ERROR) -> bool:
+    return bool(np.abs(got - want).max() <= bound * np.abs(want).max())
+
+
+def test_token_by_token_is_the_whole_forward_pass(both):
+    session, want, tokens = both
+    session.reset()
+    for i, token in enumerate(tokens):
+        assert close(session.extend([int(token)]), want[i])
+    assert session.position == SEQ_LEN
+
+
+@given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=6), st.data())
+@settings(max_examples=25)
+def test_any_cut_into_calls_gives_the_same(both, parts, data):
+    session, want, tokens = both
+    session.reset()
+    for n in parts:
+        if n > SEQ_LEN - session.position:
+            back = data.draw(st.integers(0, session.position))
+            session.rewind(back)
+            n = min(n, SEQ_LEN - back)
+        start = session.position
+        if n:
+            assert close(session.extend(tokens[start : start + n]), want[start + n - 1])
+
+
+def test_what_was_forgotten_is_not_seen(both):
+    session, want, tokens = both
+    session.reset()
+    session.extend(511 - tokens[:40])
+    session.rewind(0)
+    assert close(session.extend(tokens[:1]), want[0])
+    session.extend(511 - tokens[1:9])
+    session.rewind(1)
+    assert close(session.extend(tokens[1:5]), want[4])
+
+
+def test_numpy_is_the_oracle(model, both):
+    session, want, tokens = both
+    engine = NumpyLlama(model, session.store.tensors())
+    assert close(engine.extend(tokens[:30]), want[29])
+    assert close(engine.extend(tokens[30:31]), want[30])
+    engine.rewind(12)
+    assert close(engine.extend(tokens[12:20]), want[19])
+
+
+def test_weights_and_cache_are_there_once(both):
+    session, _, _ = both
+    cfg = session.model.config
+    kv = cfg.dim // cfg.n_heads * cfg.n_kv_heads
+    assert session.cache_bytes == 2 * cfg.n_layers * kv * SEQ_LEN * 2
+    copies = {name: len(p.placements) for name, p in session.store.items()}
+    assert copies.pop("norm") == 0 and set(copies.values()) == {1}, "the whole pass and decoding read the same copies"
+    before = session.runtime.heap.nbytes
+    session.reset()
+    session.extend(np.zeros(SEQ_LEN, np.int32))
+    assert session.runtime.heap.nbytes == before
+
+
+def test_nothing_compiles_after_the_start(model):
+    rt = Runtime("cpu", "fp32")
+    _, session = opened(model, rt)
+    compiled = rt.backend.compiles
+    assert compiled == session.kernels == 6
+    session.extend(list(range(40)))
+    session.extend([1])
+    assert rt.backend.compiles == compiled
+    tight = Runtime("cpu", "fp32", compile_budget=3)
+    with pytest.raises(CompileError, match="budget of 3"):
+        opened(model, tight)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions(model, both, precision):
+    _, session = opened(model, Runtime("cpu", precision))
+    _, want, tokens = both
+    session.extend(tokens[:33])
+    assert close(session.extend(tokens[33:34]), want[33], 3e-2)
+
+
+def test_the_engines_wire_form_computes_the_same(model, both):
+    """Widths of 32, surfaces of 48 KiB, at most 8 inputs: what the Neural Engine is given, run on the CPU; and the
+    reference backend."""
+    _, want, tokens = both
+    for backend in (CpuBackend, ReferenceBackend):
+        rt = Runtime("cpu", "fp32")
+        rt.backend = (
+            CpuBackend(rt.pool, "fp32", rt.heap, capabilities=dataclasses.replace(ANE))
+            if backend is CpuBackend
+            else ReferenceBackend(rt.heap, "exact")
+        )
+        _, session = opened(model, rt)
+        assert close(session.extend(tokens[:9]), want[8])
+        for i in (9, 10):
+            assert close(session.extend([int(tokens[i])]), want[i])
+    kernels = [k for b in build_cached_blocks(model, 32, 64, ANE) for k in b.forward]
+    assert all(len(k.inputs) <= ANE.max_inputs for k in kernels)
+
+
+def test_bad_calls(both):
+    session, _, tokens = both
+    session.reset()
+    for bad in ([], [[1, 2]]):
+        with pytest.raises(InputError, match="at least one token"):
+            session.extend(bad)
+    with pytest.raises(InputError, match=r"token.* 512"):
+        session.extend([3, 512])
+    with pytest.raises(InputError, match="49 tokens do not fit: the context of 48 positions holds 0"):
+        session.extend([1] * 49)
+    with pytest.raises(StateError, match="cannot go back to position 5: the cache holds 0"):
+        session.rewind(5)
+    assert close(session.extend(tokens[:2]), both[1][1]), "a refused call leaves the cache as it was"
