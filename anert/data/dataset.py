@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anert.data.shards import open_shards, open_tokens
 from anert.data.text import Progress
-from anert.data.token_file import Tokens, check_ids, open_tokens
+from anert.data.token_file import Tokens, check_ids
 from anert.errors import InputError
 
 Batch = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
 class TokenDataset:
-    """A token file as aligned windows of seq_len + 1 ids; neighbours share one id, as in llama2.c.
+    """A token file, or shards, as aligned windows of seq_len + 1 ids; neighbours share one id, as in llama2.c.
 
-    val: the fraction of the file's tail that is held out, or the path of another token file. Where a file is too short
+    val: the fraction of the file's tail that is held out, or the path of another token file; shards that were made
+    with a validation part have that, and val is not asked. Where a file is too short
     to hold out a window, nothing is held out and `note` says so. Raises InputError: fewer than seq_len + 2 ids, an id
     past the vocabulary (named with its position), or ids of another tokenizer.
     """
@@ -48,7 +50,11 @@ class TokenDataset:
             raise InputError(f"{self.name}: {too_short}: give more text, or a smaller seq_len")
         if vocab_size:
             check_ids(file.tokens, vocab_size, self.name, progress)
-        if isinstance(val, Path | str):
+        if file.kind == "shards" and len(own := open_shards(path, "val").tokens):
+            if vocab_size:
+                check_ids(own, vocab_size, self.name, progress)
+            self._train, self._val = file.tokens, own
+        elif isinstance(val, Path | str):
             held_out = TokenDataset(val, seq_len, 0.0, vocab_size, tokenizer_hash)
             self._train, self._val = file.tokens, held_out._train
         else:
@@ -97,7 +103,7 @@ class TokenDataset:
         """Entropy of the training ids in nats: the loss of a model that knows only how frequent each is."""
         counts = np.zeros(0, np.int64)
         for at in range(0, self.train_tokens, 1 << 22):
-            block = np.bincount(self._train[at : at + (1 << 22)], minlength=len(counts))
+            block = np.bincount(np.asarray(self._train[at : at + (1 << 22)]), minlength=len(counts))
             block[: len(counts)] += counts
             counts = block
         p = counts[counts > 0] / self.train_tokens

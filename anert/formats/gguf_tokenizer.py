@@ -8,9 +8,9 @@ from typing import Any
 
 from anert.errors import InputError
 from anert.tokenizer import ByteBPETokenizer, LlamaTokenizer, Tokenizer
-from anert.tokenizer.byte_bpe import PATTERNS
 from anert.tokenizer.byte_files import from_hugging_face
 from anert.tokenizer.llama import CONTROL, USER_DEFINED, Pieces
+from anert.tokenizer.split import PATTERNS
 
 DIGITS = {"type": "Digits", "individual_digits": True}
 QWEN = PATTERNS["cl100k"].replace(r"\p{N}{1,3}", r"\p{N}")
