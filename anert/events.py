@@ -164,3 +164,18 @@ class Told(Event):
     def decode_tokens_per_s(self) -> float:
         """Of the tokens behind the first: that one comes from the prefill."""
         return (self.tokens - 1) / self.decode_ms * 1e3 if self.tokens > 1 and self.decode_ms else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated(Event):
+    """Loss (nats) of a model on a text, with its 95 % interval (NaN from a single window)."""
+
+    loss: float
+    loss_low: float
+    loss_high: float
+    perplexity: float
+    bits_per_byte: float
+    """NaN where the predicted ids stand for no text."""
+    tokens: int
+    bytes: int
+    windows: int

@@ -29,6 +29,7 @@ anert trains and runs models written as plugins, on Apple's Neural Engine or on 
 VERBS = {
     "run": ("train a plugin's model, sample from it, or run a command of its own", "run"),
     "sample": ("write text with a trained model", "sample"),
+    "eval": ("loss, perplexity and bits per byte of a trained model on a text", "evaluate"),
     "tokenize": ("texts to token files: JSON lines, gzip, shards, many processes", "tokenize"),
     "tokenizer": ("train a tokenizer, or show what one is", "tokenizer"),
     "plugins": ("list plugins: those given by path, and the installed ones", "plugins"),
