@@ -27,7 +27,7 @@ from anert.network import Location
 from anert.nn import MASKED, halves
 from anert.param import ParamStore
 from anert.runtime import Runtime
-from anert.surface import Surface
+from anert.surface import Surface, locked, shared
 
 WIDTHS = (1, 32, 256)
 """New positions that a program takes; an engine's own least width takes the place of smaller ones."""
@@ -48,6 +48,10 @@ class _Width:
     """For cos and sin of each head size: (port view (2 hd, T), table (2 hd, S))."""
     tokens: np.ndarray
     touched: list[Surface] = field(default_factory=list)
+    filled: list[Surface] = field(default_factory=list)
+    """What the host writes before a run; it reads `made` and writes `kept` behind one. Those alone that want locks."""
+    made: list[Surface] = field(default_factory=list)
+    kept: list[Surface] = field(default_factory=list)
 
 
 class Session:
@@ -87,7 +91,8 @@ class Session:
         self._tables: dict[str, np.ndarray] = {}
         self._past = self._location("past", 1, self.cached)
         self._mask = self._past.array()
-        self._mask[...] = MASKED
+        with self._past.surface.access():
+            self._mask[...] = MASKED
         self._place_head()
         self.widths = [self._bind_width(size, blocks) for size, blocks in built.items()]
 
@@ -125,22 +130,25 @@ class Session:
         ports = {f"x{i}": self._location("x", self.model.config.dim, size) for i in range(2)}
         x, bindings = [ports["x0"]], []
         new: list[tuple[Location, Location]] = []
-        shared: dict[str, Location] = {"past": self._past}
+        common: dict[str, Location] = {"past": self._past}
         for i in range(self.layers * len(blocks)):
             layer, j = divmod(i, len(blocks))
-            env = {**shared, "x": x[-1]}
+            env = {**common, "x": x[-1]}
             bindings += [self._bind(kernel, env, blocks[j], layer, j, i % 2) for kernel in blocks[j].forward]
-            shared |= {n: where for n, where in env.items() if n.startswith(("cos", "sin"))}
+            common |= {n: where for n, where in env.items() if n.startswith(("cos", "sin"))}
             new += [(env[n], self._caches[layer, j, n.removesuffix("_new")]) for n in env if n.endswith("_new")]
             x.append(env["y"])
         columns = ffi.ffi.new("anert_columns[]", max(1, len(new)))
         for item, (source, cache) in zip(columns, new, strict=False):
             item.src, item.dst, item.rows = source.pointer, cache.pointer, source.slot.rows
             item.cols, item.src_stride, item.dst_stride = self.capacity, source.slot.row_stride, cache.slot.row_stride
-        rotation = [(shared[n].array(), self._table(n)) for n in shared if n.startswith(("cos", "sin"))]
-        touched = [shared[n].surface for n in shared] + [cache.surface for _, cache in new]
+        rotations = [where for n, where in common.items() if n.startswith(("cos", "sin"))]
+        rotation = [(where.array(), self._table(n)) for n, where in common.items() if where in rotations]
+        touched = [where.surface for where in common.values()] + [cache.surface for _, cache in new]
+        filled = shared(where.surface for where in (x[0], *rotations))
+        made, kept = (shared(pair[side].surface for pair in new) for side in range(2))
         return _Width(size, head, x, rt.backend.chain(bindings), columns, len(new), rotation, np.zeros(size, np.int32),
-                      touched)  # fmt: skip
+                      touched, filled, made, [*kept, *shared([self._past.surface])])  # fmt: skip
 
     def _bind(self, kernel: Kernel, env: dict[str, Location], block: BlockKernels, layer: int, j: int,
               turn: int) -> Binding:  # fmt: skip
@@ -188,7 +196,8 @@ class Session:
         """Forget the positions from `position` on; StateError if it has not been reached."""
         if not 0 <= position <= self.position:
             raise StateError(f"cannot go back to position {position}: the cache holds {self.position}")
-        self._mask[:, position : self.position] = MASKED
+        with self._past.surface.access():
+            self._mask[:, position : self.position] = MASKED
         self.position = position
 
     def extend(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -223,12 +232,14 @@ class Session:
         n, at = ids.size, self.position
         width.tokens[:n] = ids
         width.tokens[n:] = 0  # padding comes after: nobody looks back at it
-        width.head.embed(width.tokens, width.x[0])
-        for port, table in width.rotation:
-            port[:, :n] = table[:, at : at + n]
+        with locked(width.filled):
+            width.head.embed(width.tokens, width.x[0])
+            for port, table in width.rotation:
+                port[:, :n] = table[:, at : at + n]
         width.run.run()
-        call(ffi.lib.anert_columns_put, width.new, width.n_new, at, n)
-        self._mask[:, at : at + n] = 0.0
+        with locked(width.kept, width.made):
+            call(ffi.lib.anert_columns_put, width.new, width.n_new, at, n)
+            self._mask[:, at : at + n] = 0.0
         for surface in width.touched:
             surface.touch()
         self.position = at + n

@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from threading import Condition
 
-from anert.surface import Surface, locked
+from anert.surface import locked, shared
 
 ENGINE, HOST = 0, 1
 """Lanes."""
@@ -113,8 +113,8 @@ class Schedule:
         """`task.run` between lock and unlock of the surfaces that want it."""
         if task.evaluates:
             return task.run
-        written = [s for s in dict.fromkeys(task.writes) if isinstance(s, Surface) and s.shared]
-        read = [s for s in dict.fromkeys(task.reads) if isinstance(s, Surface) and s.shared and s not in written]
+        written = shared(task.writes)
+        read = [s for s in shared(task.reads) if s not in written]
         if not written and not read:
             return task.run
         run = task.run

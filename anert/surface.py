@@ -132,6 +132,11 @@ class Surface:
         return f"Surface({self.nbytes} bytes, seed {self.seed})"
 
 
+def shared(resources: Iterable[object]) -> list[Surface]:
+    """Those among them that are surfaces and want locks, each once."""
+    return [r for r in dict.fromkeys(resources) if isinstance(r, Surface) and r.shared]
+
+
 @contextmanager
 def locked(written: Iterable[Surface], read: Iterable[Surface] = ()) -> Iterator[None]:
     """Hold surfaces, those to be written first, while the block runs; let go of them in reverse. StateError if one is
