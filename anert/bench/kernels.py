@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -41,15 +43,13 @@ def gemm(options: BenchOptions) -> list[Case]:
         dim, hidden, vocab, n = c.dim, c.hidden_dim, c.vocab_size, c.seq_len * options.batch
     else:
         (dim, hidden, vocab), n = SMALL_MODEL, (options.seq_len or 256) * options.batch
-    peak = rt.peak_gflops()
-    made = []
-    for rows, cols in dict.fromkeys(((dim, dim), (hidden, dim), (dim, hidden), (vocab, dim))):
-        for kind in ("forward", "dx", "dw"):
-            made.append(_product(rt, kind, rows, cols, n, peak))
-    return made
+    peak = partial(rt.peak_gflops, again=True)
+    shapes = dict.fromkeys(((dim, dim), (hidden, dim), (dim, hidden), (vocab, dim)))
+    kinds = ("forward", "dx", "dw")
+    return [_product(rt, kind, rows, cols, n, peak) for rows, cols in shapes for kind in kinds]
 
 
-def _product(rt: Any, kind: str, rows: int, cols: int, n: int, peak: float) -> Case:
+def _product(rt: Any, kind: str, rows: int, cols: int, n: int, peak: Callable[[], float]) -> Case:
     rng = np.random.default_rng(rows + cols)
     w, x, dy = (Surface(rt.heap, 2 * a * b).array(np.float16, (a, b)) for a, b in ((rows, cols), (cols, n), (rows, n)))
     for array in (w, x, dy):
@@ -91,7 +91,7 @@ def copier(source: np.ndarray, target: np.ndarray, threads: int) -> Callable[[],
     """A plain copy by as many threads as the engine has."""
     pool = ThreadPoolExecutor(threads)
     edges = np.linspace(0, source.size, threads + 1).astype(int)
-    pairs = [(target[a:b], source[a:b]) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    pairs = [(target[a:b], source[a:b]) for a, b in pairwise(edges)]
 
     def run() -> None:
         list(pool.map(lambda pair: np.copyto(*pair), pairs))
@@ -173,7 +173,7 @@ def sync(options: BenchOptions) -> list[Case]:
                          notes={"params": n}))  # fmt: skip
     for name, ways in (("no copy", ()), ("straight", ("straight",)), ("both", ("straight", "transposed"))):
         optimizer = AdamW(store(True, *ways), 0.9, 0.95, 1e-8, 0.1)
-        made.append(Case(f"adamw, {name}", lambda o=optimizer: o.step(1e-4, 1.0), "ms", nbytes=(28 + 2 * len(ways)) * n,
+        made.append(Case(f"adamw, {name}", partial(optimizer.step, 1e-4, 1.0), "ms", nbytes=(28 + 2 * len(ways)) * n,
                          baseline="adamw, no copy"))  # fmt: skip
     return made
 

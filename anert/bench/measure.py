@@ -30,9 +30,9 @@ SETTLE_S = 0.02
 class Case:
     """One thing to time. `run()` does it once; its result is checked by `verify` before and after the timing.
 
-    unit: `ms` and `us` are a run's time; any other is a rate, of which one run is `amount` (tok/s: tokens). flops, nbytes: executed by one run,
-    from the program that runs. peak_gflops, peak_gbps: measured here, 0 unknown. baseline: the case that `ratio` is
-    taken against, greater is better. floor_us: a run faster than this did not happen.
+    unit: `ms` and `us` are a run's time; any other is a rate, of which one run is `amount` (tok/s: tokens). flops,
+    nbytes: executed by one run, from the program that runs. peak: measures the peak in GFLOP/s; asked after the
+    timing. baseline: the case that `ratio` is taken against. floor_us: a run faster than this did not happen.
     """
 
     name: str
@@ -41,8 +41,7 @@ class Case:
     amount: float = 1.0
     flops: float = 0.0
     nbytes: float = 0.0
-    peak_gflops: float = 0.0
-    peak_gbps: float = 0.0
+    peak: Callable[[], float] | None = None
     baseline: str = ""
     verify: Callable[[], None] | None = None
     floor_us: float = 0.0
@@ -93,6 +92,8 @@ def measure(
             case.run()
         if case.verify:
             case.verify()
+    # Before and after the timing: what else runs can only lower a peak.
+    peaks = {case.peak: case.peak() for case in cases if case.peak is not None}
     repeats = [_repeats(case) for case in cases]
     times: list[list[float]] = [[] for _ in cases]
     disturbed = [0] * len(cases)
@@ -112,7 +113,11 @@ def measure(
     for case in cases:
         if case.verify:
             case.verify()
-    results = [_result(c, t, d) for c, t, d in zip(cases, times, disturbed, strict=True)]
+    for peak in peaks:
+        peaks[peak] = peak()
+    results = [
+        _result(c, t, d, peaks[c.peak] if c.peak else 0.0) for c, t, d in zip(cases, times, disturbed, strict=True)
+    ]
     medians = {r.name: r for r in results}
     for case, result in zip(cases, results, strict=True):
         spread = (result.p90 - result.p10) / result.median if result.median else 0.0
@@ -121,7 +126,7 @@ def measure(
                 f"bench {case.name}: p10 {result.p10:.4g}, p90 {result.p90:.4g} {result.unit} differ by "
                 f"{spread:.0%} of the median: noise, not a figure; end what else runs, or raise --rounds"
             )
-        refuse_implausible(case, result)
+        refuse_implausible(case, result, peaks[case.peak] if case.peak else 0.0)
         yield _against(result, medians.get(case.baseline))
 
 
@@ -155,16 +160,12 @@ def busy_seconds() -> float:
     return (sum(v[:8]) - v[3] - v[4]) / os.sysconf("SC_CLK_TCK")
 
 
-def _result(case: Case, seconds: Sequence[float], disturbed: int) -> Result:
+def _result(case: Case, seconds: Sequence[float], disturbed: int, peak_gflops: float) -> Result:
     s = np.sort(seconds)
     per = s * TIMES[case.unit] if case.unit in TIMES else case.amount / s[::-1]
     median = float(np.median(s))
     tflops, gbps = case.flops / median / 1e12, case.nbytes / median / 1e9
-    fraction = None
-    if case.peak_gflops and case.flops:
-        fraction = tflops * 1e3 / case.peak_gflops
-    elif case.peak_gbps and case.nbytes:
-        fraction = gbps / case.peak_gbps
+    fraction = tflops * 1e3 / peak_gflops if peak_gflops and case.flops else None
     p10, mid, p90 = (float(np.percentile(per, q)) for q in (10, 50, 90))
     return Result(case.name, case.unit, mid, p10, p90, len(s), case.flops, case.nbytes, tflops, gbps, fraction,
                   disturbed=disturbed, notes=dict(case.notes))  # fmt: skip

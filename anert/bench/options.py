@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
-    """plugin, preset: the model whose shapes are measured. seq_len, batch 0: the preset's, 1. threads 0: what the machine
-    grants. size: elements of an array benchmark, 0: past the last-level cache. peers: name -> path or empty."""
+    """plugin, preset: the model whose shapes are measured. seq_len 0: the preset's. threads 0: what the machine grants.
+    size: elements of an array benchmark, 0: past the last-level cache. peers: (name, path or empty)."""
 
     plugin: str = ""
     preset: str = ""

@@ -24,7 +24,7 @@ CHIPS = {
     "m4": (19.0, 120.0),
     "m5": (19.0, 154.0),
 }
-"""chip -> (fp16 TFLOPS of a 16-core engine that anyone has measured or Apple's rating allows, GB/s of its base memory)."""
+"""chip -> (fp16 TFLOPS of 16 cores that somebody measured or the rating allows, GB/s of the base model's memory)."""
 
 
 def implausible(
@@ -52,15 +52,16 @@ def implausible(
     return "; ".join(reasons)
 
 
-def refuse_implausible(case: Case, result: Result) -> None:
-    """Raises ImplausibleError for a result above the peaks of its case, or faster than its floor."""
+def refuse_implausible(case: Case, result: Result, peak_gflops: float) -> None:
+    """Raises ImplausibleError for a result above the measured peak (0: not known), or faster than its floor."""
     from anert.bench.measure import TIMES
 
     seconds = result.median / TIMES[result.unit] if result.unit in TIMES else case.amount / result.median
-    why = implausible(seconds * 1e3, case.flops, case.nbytes, 0, case.peak_gflops, case.peak_gbps)
+    why = implausible(seconds * 1e3, case.flops, case.nbytes, 0, peak_gflops)
     if case.floor_us and seconds * 1e6 < case.floor_us:
         why = f"{seconds * 1e6:.1f} us is under the floor of {case.floor_us:g} us: the call did not do its work"
     if why:
         raise ImplausibleError(
-            f"bench {case.name}: {why}; the figure is refused: check that every call succeeded and what it computed"
+            f"bench {case.name}: {why}; the figure is refused: check that every call succeeded and what it computed, "
+            "and that nothing else ran while the peak was measured"
         )

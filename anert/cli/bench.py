@@ -16,19 +16,22 @@ if TYPE_CHECKING:
     from anert.bench.measure import Result
 
 
+ABOUT = """\
+Measure, side by side and interleaved: median and p10 to p90 of several rounds. Results are checked before and after
+the timing; FLOPs and bytes come from what ran; a figure that cannot be is refused (exit code 3), and so is one that
+other processes blurred.
+"""
+
+
 def about() -> str:
     from anert.bench import BENCHMARKS
 
     rows = "\n".join(f"  {name.ljust(12)}{text}" for name, (text, _) in BENCHMARKS.items())
-    return (
-        "Measure, side by side and interleaved: median and p10 to p90 of several rounds. Results are checked before and\n"
-        "after the timing; FLOPs and bytes come from what ran; a figure that cannot be is refused (exit code 3), and so\n"
-        f"is one that other processes blurred.\n\n{rows}"
-    )
+    return f"{ABOUT}\n{rows}"
 
 
 def main(argv: Sequence[str]) -> int:
-    from anert.bench import BENCHMARKS, fingerprint, measure
+    from anert.bench import BENCHMARKS, Result, fingerprint, measure
     from anert.bench.options import BenchOptions
     from anert.plugin import suggest
 
@@ -44,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     results: list[Result] = []
     stream = sys.stderr if found.json else sys.stdout
     for item in measure(cases, found.rounds, found.warmup, not found.no_wait, found.max_spread):
-        if hasattr(item, "median"):
+        if isinstance(item, Result):
             results.append(item)
             print(line(item), file=stream, flush=True)
     about_machine = fingerprint(*_threads(results))
