@@ -37,7 +37,7 @@ _ERRORS: dict[int, type[AnertError]] = {
     -6: EngineError,
     -7: BackendUnavailable,
 }
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon", "amx")
 """Names of the instruction sets; the index is anert.h's number."""
 
 
@@ -171,13 +171,15 @@ def threads_granted() -> int:
 class Pool:
     """The threads and the instruction set that native calls compute with; freed with its last reference.
 
-    threads: counts the caller; 0 takes `threads_granted()`. isa: a name of ISAS, or `auto` for the best of this CPU.
+    threads: counts the caller; 0 takes `threads_granted()`. isa: a name of ISAS, or `auto`: the one that ANERT_ISA
+    names, else the best of this CPU.
     A forked child computes on its calling thread alone. Raises InputError or UnsupportedError for what it cannot be.
     """
 
     __slots__ = ("isa", "ptr", "threads")
 
     def __init__(self, threads: int = 0, isa: str = "auto") -> None:
+        isa = os.environ.get("ANERT_ISA") or "auto" if isa == "auto" else isa
         if isa != "auto" and isa not in ISAS:
             raise InputError(f"no instruction set is called {isa!r}: auto, {', '.join(ISAS)}")
         native = load()

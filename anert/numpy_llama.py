@@ -36,7 +36,7 @@ class NumpyLlama:
         self.head_dim = self.w["layers.0.wq"].shape[0] // cfg.n_heads if cfg.n_layers else cfg.dim
         self.n_kv_heads = getattr(cfg, "n_kv_heads", cfg.n_heads)
         theta = getattr(cfg, "rope_theta", 10000.0)
-        pairs = theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
+        pairs = theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim) if theta else np.zeros(self.head_dim // 2)
         angle = np.outer(np.arange(self.capacity), pairs)  # (S, hd / 2)
         self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         cache = (cfg.n_layers, self.capacity, self.n_kv_heads, self.head_dim)

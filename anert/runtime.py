@@ -42,7 +42,7 @@ class Runtime:
             if value not in known:
                 raise InputError(f"--{option} takes one of {', '.join(known)}, got {value!r}")
         self.heap, self.pool = Heap(), Pool(threads, isa)
-        native_bf16 = self.pool.isa == "avx512bf16"
+        native_bf16 = self.pool.isa in ("avx512bf16", "amx")
         self.precision = precision if precision != "auto" else "bf16" if native_bf16 else "fp32"
         self.backend, reason = self._open(backend)
         if compile_budget:

@@ -99,10 +99,17 @@ static void inspect(const known_selector *known, anert_ane_selector *out) {
     out->ok = strcmp(out->found, out->expected) == 0;
 }
 
-static anert_status open_framework(const char *path, anert_error *err) {
-#if !defined(ANERT_ANE_TESTING)
-    if (path != NULL) return anert_fail(err, ANERT_EUNSUPPORTED, "only a test build opens another framework: %s", path);
+/* EUNSUPPORTED for a path of the caller's, but in a test build. */
+static anert_status check_path(const char *what, const char *path, anert_error *err) {
+#if defined(ANERT_ANE_TESTING)
+    (void)what, (void)path, (void)err;
+#else
+    if (path != NULL) return anert_fail(err, ANERT_EUNSUPPORTED, "only a test build opens another %s: %s", what, path);
 #endif
+    return ANERT_OK;
+}
+
+static anert_status open_framework(const char *path, anert_error *err) {
     if (dlopen(path == NULL ? FRAMEWORK : path, RTLD_NOW | RTLD_LOCAL) == NULL) /* never closed */
         return anert_fail(err, ANERT_EUNAVAILABLE, "AppleNeuralEngine.framework does not open: %s", dlerror());
     return ANERT_OK;
@@ -127,7 +134,9 @@ static anert_status check_selectors(anert_error *err) {
 
 static anert_status open_all(anert_ane *ane, const char *framework, const char *iosurface, anert_error *err) {
     GUARDED
-    anert_status status = open_framework(framework, err);
+    anert_status status = check_path("framework", framework, err);
+    if (status == ANERT_OK) status = check_path("IOSurface", iosurface, err);
+    if (status == ANERT_OK) status = open_framework(framework, err);
     if (status == ANERT_OK) status = check_selectors(err);
     if (status == ANERT_OK) status = iosurface_open(iosurface == NULL ? IOSURFACE : iosurface, &ane->ios, err);
     if (status != ANERT_OK) return status;
@@ -142,10 +151,6 @@ static anert_status open_all(anert_ane *ane, const char *framework, const char *
 anert_status anert_ane_open(const char *framework, const char *iosurface, anert_ane **out, anert_error *err) {
     if (out == NULL) return anert_fail(err, ANERT_EINVAL, "out is NULL");
     *out = NULL;
-#if !defined(ANERT_ANE_TESTING)
-    if (iosurface != NULL)
-        return anert_fail(err, ANERT_EUNSUPPORTED, "only a test build opens another IOSurface: %s", iosurface);
-#endif
     anert_ane *ane = calloc(1, sizeof *ane);
     if (ane == NULL) return anert_fail(err, ANERT_ENOMEM, "no memory for the engine's record");
     ane->holders = 1;
@@ -169,7 +174,8 @@ int32_t anert_ane_selectors(void) { return N_SELECTORS; }
 anert_status anert_ane_inspect(const char *framework, anert_ane_selector *out, anert_error *err) {
     if (out == NULL) return anert_fail(err, ANERT_EINVAL, "out is NULL");
     GUARDED
-    anert_status status = open_framework(framework, err);
+    anert_status status = check_path("framework", framework, err);
+    if (status == ANERT_OK) status = open_framework(framework, err);
     for (int i = 0; status == ANERT_OK && i < N_SELECTORS; i++) inspect(&SELECTORS[i], &out[i]);
     return status;
     UNGUARDED(err)

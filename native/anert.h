@@ -18,7 +18,8 @@ enum {
     ANERT_ISA_AVX2 = 1,       /* AVX2 + FMA + F16C */
     ANERT_ISA_AVX512 = 2,     /* AVX-512 F, BW, VL, DQ */
     ANERT_ISA_AVX512BF16 = 3, /* the same + vdpbf16ps */
-    ANERT_ISA_NEON = 4        /* aarch64 base */
+    ANERT_ISA_NEON = 4,       /* aarch64 base */
+    ANERT_ISA_AMX = 5         /* AVX512BF16 + AMX tiles of bf16, for GEMMs of that precision */
 };
 int32_t anert_isa_supported(int32_t isa); /* 1 if this build and this CPU have it */
 const char *anert_isa_name(int32_t isa);  /* "avx2"; NULL for an unknown number */

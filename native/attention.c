@@ -70,7 +70,7 @@ anert_status region_run(const plan_run *run, const anert_step *r, anert_error *e
     region_job job = {.run = run, .region = r, .blocks = (r->dims[3] + block_rows(r) - 1) / block_rows(r)};
     size_t gemm = 0;
     for (int64_t i = 1; i <= n_steps(r); i++)
-        if (r[i].kind == ANERT_STEP_GEMM) gemm = MAX(gemm, anert_gemm_scratch(run->isa, r[i].dims[3], r[i].dims[4]));
+        if (r[i].kind == ANERT_STEP_GEMM) gemm = MAX(gemm, anert_gemm_scratch(run->isa, r[i].dims[4]));
     job.scratch = (size_t)scratch_bytes(r) + gemm;
     for (int32_t t = 0; t < anert_pool_threads(run->pool); t++)
         if (anert_pool_scratch(run->pool, t, SLOT, job.scratch) == NULL)

@@ -7,6 +7,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(ANERT_HAS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 anert_status anert_fail(anert_error *err, anert_status status, const char *format, ...) {
     if (err != NULL) {
@@ -66,6 +70,20 @@ float anert_float(uint16_t h) {
 #if defined(__x86_64__)
 enum { AVX_STATE = 0x6, AVX512_STATE = 0xe6 }; /* XCR0: what the OS saves */
 
+/* AMX with bf16: in CPUID 7.0's edx, saved by the OS, and granted to this process (Linux, Documentation/arch/x86/xstate:
+ * the tile state is given on request). */
+static bool amx_granted(uint32_t xcr0, uint32_t edx) {
+#if defined(ANERT_HAS_AMX)
+    enum { TILE_STATE = 0x60000, ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    const uint32_t bf16_tile = 1u << 22 | 1u << 24;
+    return (edx & bf16_tile) == bf16_tile && (xcr0 & TILE_STATE) == TILE_STATE &&
+           syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    (void)xcr0, (void)edx;
+    return false;
+#endif
+}
+
 /* A bit per ANERT_ISA number. */
 static uint32_t detect_isas(void) {
     uint32_t found = 1u << ANERT_ISA_SCALAR;
@@ -82,8 +100,9 @@ static uint32_t detect_isas(void) {
     if ((xcr0 & AVX512_STATE) != AVX512_STATE || (b & f_dq_bw_vl) != f_dq_bw_vl)
         return found;
     found |= 1u << ANERT_ISA_AVX512;
+    bool tiles = amx_granted(xcr0, d);
     if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5))
-        found |= 1u << ANERT_ISA_AVX512BF16;
+        found |= 1u << ANERT_ISA_AVX512BF16 | (tiles ? 1u << ANERT_ISA_AMX : 0u);
     return found;
 }
 #elif defined(__aarch64__)
@@ -117,12 +136,18 @@ const char *anert_isa_name(int32_t isa) {
     case ANERT_ISA_AVX512: return "avx512";
     case ANERT_ISA_AVX512BF16: return "avx512bf16";
     case ANERT_ISA_NEON: return "neon";
+    case ANERT_ISA_AMX: return "amx";
     default: return NULL;
     }
 }
 
+int32_t anert_isa_vectors(int32_t isa) {
+    return isa == ANERT_ISA_AMX || isa == ANERT_ISA_AVX512BF16 ? ANERT_ISA_AVX512 : isa;
+}
+
 int32_t anert_isa_best(void) {
-    static const int32_t order[] = {ANERT_ISA_AVX512BF16, ANERT_ISA_AVX512, ANERT_ISA_AVX2, ANERT_ISA_NEON};
+    static const int32_t order[] = {ANERT_ISA_AMX, ANERT_ISA_AVX512BF16, ANERT_ISA_AVX512, ANERT_ISA_AVX2,
+                                    ANERT_ISA_NEON};
     for (size_t i = 0; i < sizeof order / sizeof *order; i++)
         if (anert_isa_supported(order[i]))
             return order[i];

@@ -37,11 +37,10 @@ static const anert_fp16_kernels scalar = {anert_fp16_down,     anert_fp16_up,   
                                           anert_fp16_up_block, anert_fp16_turn_block, count_past};
 
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa) {
-    switch (isa) {
+    switch (anert_isa_vectors(isa)) {
 #if defined(__x86_64__)
     case ANERT_ISA_AVX2: return &anert_fp16_avx2;
-    case ANERT_ISA_AVX512:
-    case ANERT_ISA_AVX512BF16: return &anert_fp16_avx512;
+    case ANERT_ISA_AVX512: return &anert_fp16_avx512;
 #elif defined(__aarch64__)
     case ANERT_ISA_NEON: return &anert_fp16_neon;
 #endif

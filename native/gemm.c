@@ -1,21 +1,25 @@
 /* gemm.c: C = beta C + alpha A B from packed panels: checks, blocking and threads. The kernels are in gemm_<isa>.c.
  *
- * After Goto & van de Geijn (2008). A task owns a block of C. Per block of k it packs its columns of B, then its rows of A
- * a group at a time: a panel of B stays in L1 while the group's panels of A stream from L2. Tasks share nothing, so a block
- * of B is packed by each task that needs it: about 1 % of the work, and no barrier. */
+ * After Goto & van de Geijn (2008). B is packed once, by all threads, into panels that they share. A task then owns a block
+ * of C. Per block of k it packs its rows of A: a panel of B stays in L1 while the panels of A stream from L2. With tiles
+ * that multiply ten times faster than packing converts, packing an operand twice would show. */
 #include <math.h>
+#include <stdlib.h>
 
 #include "gemm.h"
 
 enum {
-    GROUP_ROWS = 192,       /* of A in L2: 192 x 320 words are 240 KiB */
-    TASK_ROWS = 768,        /* of C per task, at most */
-    TASK_COLS = 256,        /* of C per task, at most: 256 x 320 words of B are 320 KiB */
-    TASKS_PER_THREAD = 4,   /* wanted, so that one late thread costs little */
-    MIN_ROWS = 48,          /* below, packing would show */
+    TASK_ROWS = 192,          /* of C per task, at most: 192 x 320 words of A are 240 KiB of L2 */
+    TASK_COLS = 512,          /* of C per task, at most: with TASK_ROWS of fp32 sums, 384 KiB of L2 */
+    PACK_COLS = 128,          /* of B per packing task */
+    SHARED_WORDS = 1 << 22,   /* of packed B at a time, unless one panel is larger: 16 MiB */
+    SERIAL_WORDS = 1 << 17,   /* the same for one thread alone: 512 KiB */
+    TASKS_PER_THREAD = 4,     /* wanted, so that one late thread costs little */
+    MIN_ROWS = 48,            /* below, tiles would be cut */
     MIN_COLS = 64,
-    COLUMN_BYTES = 1 << 16, /* of A per task when n = 1 */
-    SCRATCH_SLOT = 0
+    COLUMN_BYTES = 1 << 16,   /* of A per task when n = 1 */
+    SCRATCH_SLOT = 0,
+    SHARED_SLOT = 5
 };
 #define SERIAL_FLOPS 2e6 /* below, waking a thread costs more than it saves */
 #define SERIAL_BYTES 2e5 /* the same when n = 1 */
@@ -27,6 +31,9 @@ static const gemm_kernel *kernel_for(int32_t isa, int32_t precision) {
     case ANERT_ISA_AVX2: return &anert_gemm_avx2;
     case ANERT_ISA_AVX512: return &anert_gemm_avx512;
     case ANERT_ISA_AVX512BF16: return precision == ANERT_BF16 ? &anert_gemm_avx512bf16 : &anert_gemm_avx512;
+#endif
+#if defined(ANERT_HAS_AMX)
+    case ANERT_ISA_AMX: return precision == ANERT_BF16 ? &anert_gemm_amx : &anert_gemm_avx512;
 #endif
 #if defined(__aarch64__) || defined(VEC_EMULATED)
     case ANERT_ISA_NEON: return &anert_gemm_neon;
@@ -42,8 +49,13 @@ typedef struct {
     int64_t batch, m, n, k, depth; /* depth of a block of k, the last one may be shallower */
     float alpha, beta;
     anert_matrix a, b, c;
+    bool stream;
+    float *squares; /* NULL, or sums of squares of C by tile: (m / mr, n / nr), both rounded up */
+    int64_t group_batch, group_cols;            /* of B, packed at a time */
+    int64_t first_batch, batches, first_col, cols; /* the group that is being computed */
+    float *b_panels;                            /* (batch, block of k, panel) */
     int64_t task_rows, task_cols, row_tasks, col_tasks, tasks;
-    size_t scratch; /* bytes per thread */
+    size_t scratch; /* bytes per thread, without shared panels */
     anert_pool *pool;
 } problem;
 
@@ -66,30 +78,40 @@ static int64_t block_depth(const gemm_kernel *kernel, int64_t k) {
     return MIN(ROUND_UP(divide_up(k, blocks), 16 * kernel->pair), k);
 }
 
-static int64_t block_words(const gemm_kernel *kernel, int64_t depth) { return divide_up(depth, kernel->pair); }
-
-/* fp32 words of scratch: panels of A, panels of B, partial sums. */
-static int64_t a_words(const gemm_kernel *kernel, int64_t words, int64_t rows) {
-    return divide_up(MIN(rows, GROUP_ROWS), kernel->mr) * panel_size(kernel->mr, words) + 16;
+static int64_t block_words(const gemm_kernel *kernel, int64_t depth) {
+    return ROUND_UP(divide_up(depth, kernel->pair), kernel->step);
 }
 
-static int64_t b_words(const gemm_kernel *kernel, int64_t words, int64_t cols) {
-    return divide_up(cols, kernel->nr) * panel_size(kernel->nr, words) + 16;
+static int64_t blocks_of(int64_t k, int64_t depth) { return MAX(divide_up(k, depth), 1); }
+
+/* fp32 words of scratch: panels of A, of B in one block of k and in all, partial sums. */
+static int64_t a_words(const gemm_kernel *kernel, int64_t words) {
+    return ROUND_UP(divide_up(TASK_ROWS, kernel->mr) * panel_size(kernel->mr, words) + 16, 16);
 }
 
-static int64_t sum_words(const gemm_kernel *kernel, int64_t rows, int64_t cols) {
-    return ROUND_UP(rows, kernel->mr) * ROUND_UP(cols, kernel->nr);
+static int64_t b_block(const gemm_kernel *kernel, int64_t k, int64_t cols) {
+    return ROUND_UP(divide_up(cols, kernel->nr) * panel_size(kernel->nr, block_words(kernel, block_depth(kernel, k))) + 16, 16);
+}
+
+static int64_t b_words(const gemm_kernel *kernel, int64_t k, int64_t cols) {
+    return b_block(kernel, k, cols) * blocks_of(k, block_depth(kernel, k));
+}
+
+static int64_t sum_words(const gemm_kernel *kernel, int64_t k) {
+    return k > kernel->kc ? (TASK_ROWS + kernel->mr) * (TASK_COLS + kernel->nr) : 0;
 }
 
 static int64_t column_rows(int64_t k) { return MAX(COLUMN_BYTES / 2 / MAX(k, 1) / 64 * 64, 64); }
 
-static size_t scratch_bytes(const gemm_kernel *kernel, int64_t rows, int64_t cols, int64_t k) {
-    int64_t depth = block_depth(kernel, k), words = block_words(kernel, depth);
-    int64_t tiles = ROUND_UP(a_words(kernel, words, rows), 16) + ROUND_UP(b_words(kernel, words, cols), 16);
-    if (k > depth)
-        tiles += sum_words(kernel, rows, cols);
-    int64_t one_column = k + column_rows(k) + 128;
-    return (size_t)MAX(tiles, one_column) * sizeof(float);
+/* Columns of B whose panels fill `most` words, whole panels and at least one. */
+static int64_t columns_in(const gemm_kernel *kernel, int64_t k, int64_t most) {
+    return MAX(most / b_words(kernel, k, kernel->nr), 1) * kernel->nr;
+}
+
+/* Per thread, without panels of B. Grows with k alone. */
+static size_t task_scratch(const gemm_kernel *kernel, int64_t k) {
+    int64_t words = block_words(kernel, MIN(MAX(k, 1) + 16 * kernel->pair, kernel->kc));
+    return (size_t)MAX(a_words(kernel, words) + sum_words(kernel, k), k + column_rows(k) + 128) * sizeof(float);
 }
 
 /* ---- One task ---- */
@@ -98,44 +120,65 @@ static gemm_operand rows_of(const problem *p, anert_matrix x, int64_t batch, int
     return (gemm_operand){at(x, batch, row, k), x.dtype, p->bf16 && x.dtype != ANERT_BF16, count, x.row_stride, x.col_stride};
 }
 
-static void multiply_panels(const gemm_kernel *kernel, int64_t words, const float *a, const float *b, int64_t rows,
-                            int64_t cols, gemm_out out) {
+static float *b_panel(const problem *p, int64_t batch, int64_t block, int64_t col, int64_t words) {
+    const gemm_kernel *kernel = p->kernel;
+    int64_t blocks = blocks_of(p->k, p->depth);
+    float *first = p->b_panels + (batch * blocks + block) * b_block(kernel, p->k, p->group_cols);
+    return first + col / kernel->nr * panel_size(kernel->nr, words);
+}
+
+static int64_t pack_cols(const problem *p) { return ROUND_UP(PACK_COLS, p->kernel->nr); }
+
+static int64_t pack_tasks(const problem *p) {
+    return p->batches * blocks_of(p->k, p->depth) * divide_up(p->cols, pack_cols(p));
+}
+
+/* Some columns of B in one block of k. */
+static void pack_columns(const problem *p, int64_t index) {
+    int64_t parts = divide_up(p->cols, pack_cols(p)), blocks = blocks_of(p->k, p->depth);
+    int64_t col = index % parts * pack_cols(p), block = index / parts % blocks, batch = index / parts / blocks;
+    int64_t k = block * p->depth, depth = MIN(p->depth, p->k - k);
+    gemm_operand b = rows_of(p, transposed(p->b), p->first_batch + batch, p->first_col + col, p->n - p->first_col - col, k);
+    float *panels = b_panel(p, batch, block, col, block_words(p->kernel, depth));
+    p->kernel->pack_b(&b, MIN(pack_cols(p), p->cols - col), depth, panels);
+}
+
+/* (row, col): where the block lies in C, in units of register tiles for p->squares. */
+static void multiply_panels(const problem *p, int64_t words, const float *a, const float *b, int64_t row, int64_t col,
+                            int64_t rows, int64_t cols, gemm_out out) {
+    const gemm_kernel *kernel = p->kernel;
     char *c = out.c;
     float *sums = out.sums;
     size_t size = out.dtype == ANERT_F32 ? 4 : 2;
     int64_t a_size = panel_size(kernel->mr, words), b_size = panel_size(kernel->nr, words);
+    int64_t across = divide_up(p->n, kernel->nr);
     for (int64_t j = 0; j < cols; j += kernel->nr)
         for (int64_t i = 0; i < rows; i += kernel->mr) {
             out.c = c + (size_t)(i * out.row_stride + j * out.col_stride) * size;
             out.sums = sums == NULL ? NULL : sums + i * out.sums_stride + j;
             out.rows = MIN(rows - i, kernel->mr);
             out.cols = MIN(cols - j, kernel->nr);
+            if (p->squares != NULL && out.last)
+                out.squares = p->squares + (row + i) / kernel->mr * across + (col + j) / kernel->nr;
             kernel->tile(words, a + i / kernel->mr * a_size, b + j / kernel->nr * b_size, &out);
         }
 }
 
+/* col: within the group. */
 static void multiply_block(const problem *p, int64_t batch, int64_t row, int64_t col, void *scratch) {
     const gemm_kernel *kernel = p->kernel;
-    int64_t rows = MIN(p->task_rows, p->m - row), cols = MIN(p->task_cols, p->n - col);
-    int64_t words = block_words(kernel, p->depth), sums_stride = ROUND_UP(cols, kernel->nr);
-    float *b_panels = scratch;
-    float *a_panels = b_panels + ROUND_UP(b_words(kernel, words, cols), 16);
-    float *sums = a_panels + ROUND_UP(a_words(kernel, words, rows), 16);
+    int64_t rows = MIN(p->task_rows, p->m - row), cols = MIN(p->task_cols, p->cols - col);
+    int64_t sums_stride = ROUND_UP(cols, kernel->nr), c_col = p->first_col + col;
+    float *a_panels = scratch, *sums = a_panels + a_words(kernel, block_words(kernel, p->depth));
     for (int64_t k = 0; k == 0 || k < p->k; k += p->depth) {
-        int64_t depth = MIN(p->depth, p->k - k);
-        words = block_words(kernel, depth);
-        gemm_operand b = rows_of(p, transposed(p->b), batch, col, p->n - col, k);
-        kernel->pack(&b, cols, depth, kernel->nr, b_panels);
-        for (int64_t i = 0; i < rows; i += GROUP_ROWS) {
-            int64_t group = MIN(rows - i, GROUP_ROWS);
-            gemm_operand a = rows_of(p, p->a, batch, row + i, p->m - row - i, k);
-            kernel->pack(&a, group, depth, kernel->mr, a_panels);
-            gemm_out out = {.sums = p->k > p->depth ? sums + i * sums_stride : NULL, .sums_stride = sums_stride,
-                            .first = k == 0, .last = k + depth >= p->k, .alpha = p->alpha, .beta = p->beta,
-                            .c = at(p->c, batch, row + i, col), .dtype = p->c.dtype, .row_stride = p->c.row_stride,
-                            .col_stride = p->c.col_stride};
-            multiply_panels(kernel, words, a_panels, b_panels, group, cols, out);
-        }
+        int64_t depth = MIN(p->depth, p->k - k), words = block_words(kernel, depth);
+        gemm_operand a = rows_of(p, p->a, p->first_batch + batch, row, p->m - row, k);
+        kernel->pack_a(&a, rows, depth, a_panels);
+        gemm_out out = {.sums = p->k > p->depth ? sums : NULL, .sums_stride = sums_stride, .first = k == 0,
+                        .last = k + depth >= p->k, .alpha = p->alpha, .beta = p->beta, .stream = p->stream,
+                        .c = at(p->c, p->first_batch + batch, row, c_col), .dtype = p->c.dtype,
+                        .row_stride = p->c.row_stride, .col_stride = p->c.col_stride};
+        multiply_panels(p, words, a_panels, b_panel(p, batch, k / p->depth, col, words), row, c_col, rows, cols, out);
     }
 }
 
@@ -152,10 +195,15 @@ static void multiply_column(const problem *p, int64_t batch, int64_t row, void *
 static void run_task(const problem *p, int64_t index, void *scratch) {
     int64_t batch = index / (p->row_tasks * p->col_tasks), block = index % (p->row_tasks * p->col_tasks);
     int64_t row = block % p->row_tasks * p->task_rows, col = block / p->row_tasks * p->task_cols;
-    if (p->n == 1)
-        multiply_column(p, batch, row, scratch);
-    else
-        multiply_block(p, batch, row, col, scratch);
+    if (p->n == 1) {
+        multiply_column(p, p->first_batch + batch, row, scratch);
+        return;
+    }
+    if (p->kernel->begin != NULL)
+        p->kernel->begin();
+    multiply_block(p, batch, row, col, scratch);
+    if (p->kernel->end != NULL)
+        p->kernel->end();
 }
 
 /* ---- Cutting C into tasks ---- */
@@ -166,6 +214,7 @@ static int64_t even_part(int64_t whole, int64_t most, int64_t unit) {
     return ROUND_UP(divide_up(whole, parts), unit);
 }
 
+/* The group's C in tasks: cut along its rows first, since a cut along its columns packs A again. */
 static void cut(problem *p, int32_t threads) {
     const gemm_kernel *kernel = p->kernel;
     int64_t wanted = threads > 1 ? (int64_t)threads * TASKS_PER_THREAD : 1;
@@ -176,20 +225,49 @@ static void cut(problem *p, int32_t threads) {
     } else {
         for (;;) {
             p->task_rows = even_part(p->m, rows, kernel->mr);
-            p->task_cols = even_part(p->n, cols, kernel->nr);
-            int64_t tasks = p->batch * divide_up(p->m, p->task_rows) * divide_up(p->n, p->task_cols);
+            p->task_cols = even_part(p->cols, cols, kernel->nr);
+            int64_t tasks = p->batches * divide_up(p->m, p->task_rows) * divide_up(p->cols, p->task_cols);
             if (tasks >= wanted || (rows <= MIN_ROWS && cols <= MIN_COLS))
                 break;
-            if (rows > MIN_ROWS && (rows >= cols || cols <= MIN_COLS))
+            if (rows > MIN_ROWS)
                 rows /= 2;
             else
                 cols /= 2;
         }
     }
     p->row_tasks = divide_up(p->m, p->task_rows);
-    p->col_tasks = divide_up(p->n, p->task_cols);
-    p->tasks = p->batch * p->row_tasks * p->col_tasks;
-    p->scratch = scratch_bytes(kernel, p->task_rows, p->task_cols, p->k);
+    p->col_tasks = divide_up(p->cols, p->task_cols);
+    p->tasks = p->batches * p->row_tasks * p->col_tasks;
+}
+
+/* Groups of whole batches, or of some columns of one, whose panels of B fill at most `most` words. */
+static void group(problem *p, int64_t most) {
+    int64_t one = b_words(p->kernel, p->k, p->n);
+    p->group_cols = p->n == 1 ? 1 : even_part(p->n, columns_in(p->kernel, p->k, most), p->kernel->nr);
+    p->group_batch = p->n == 1 ? p->batch : p->group_cols < p->n ? 1 : MIN(MAX(most / one, 1), p->batch);
+    p->scratch = task_scratch(p->kernel, p->k);
+}
+
+static size_t shared_bytes(const problem *p) {
+    if (p->n == 1)
+        return 0;
+    return (size_t)(p->group_batch * b_words(p->kernel, p->k, p->group_cols)) * sizeof(float);
+}
+
+/* Steps to the next group; false after the last. Begins where batches is 0. */
+static bool next_group(problem *p) {
+    if (p->batches == 0) {
+        p->first_batch = p->first_col = 0;
+    } else {
+        p->first_col += p->group_cols;
+        if (p->first_col >= p->n) {
+            p->first_col = 0;
+            p->first_batch += p->group_batch;
+        }
+    }
+    p->batches = MIN(p->group_batch, p->batch - p->first_batch);
+    p->cols = MIN(p->group_cols, p->n - p->first_col);
+    return p->first_batch < p->batch;
 }
 
 /* C = A B read as C^T = B^T A^T where that makes C contiguous along its rows, or the one row a column. Products commute,
@@ -205,11 +283,13 @@ static problem oriented(const gemm_kernel *kernel, int32_t precision, int64_t ba
     return p;
 }
 
-size_t anert_gemm_scratch(int32_t isa, int64_t n, int64_t k) {
-    size_t f32 = scratch_bytes(kernel_for(isa, ANERT_F32), TASK_ROWS, TASK_COLS, k);
-    size_t bf16 = scratch_bytes(kernel_for(isa, ANERT_BF16), TASK_ROWS, TASK_COLS, k);
-    (void)n;
-    return MAX(f32, bf16);
+static size_t serial_scratch(const gemm_kernel *kernel, int64_t k) {
+    int64_t panels = MAX(SERIAL_WORDS, b_words(kernel, k + 16 * kernel->pair, kernel->nr)) + 16;
+    return (size_t)ROUND_UP(panels, 16) * sizeof(float) + task_scratch(kernel, k);
+}
+
+size_t anert_gemm_scratch(int32_t isa, int64_t k) {
+    return MAX(serial_scratch(kernel_for(isa, ANERT_F32), k), serial_scratch(kernel_for(isa, ANERT_BF16), k));
 }
 
 void anert_gemm_serial(int32_t isa, int32_t precision, int64_t m, int64_t n, int64_t k, float alpha, anert_matrix a,
@@ -217,23 +297,36 @@ void anert_gemm_serial(int32_t isa, int32_t precision, int64_t m, int64_t n, int
     problem p = oriented(kernel_for(isa, precision), precision, 1, m, n, k, alpha, a, b, beta, c);
     if (m == 0 || n == 0)
         return;
-    cut(&p, 1);
-    for (int64_t i = 0; i < p.tasks; i++)
-        run_task(&p, i, scratch);
+    group(&p, SERIAL_WORDS);
+    p.b_panels = scratch;
+    char *rest = (char *)scratch + ROUND_UP(shared_bytes(&p), 64);
+    while (next_group(&p)) {
+        cut(&p, 1);
+        for (int64_t i = 0; p.n != 1 && i < pack_tasks(&p); i++)
+            pack_columns(&p, i);
+        for (int64_t i = 0; i < p.tasks; i++)
+            run_task(&p, i, rest);
+    }
 }
 
 /* ---- The public entry ---- */
+
+static void pack_body(void *arg, int64_t index, int32_t thread) {
+    (void)thread;
+    pack_columns(arg, index);
+}
 
 static void gemm_body(void *arg, int64_t index, int32_t thread) {
     const problem *p = arg;
     run_task(p, index, anert_pool_scratch(p->pool, thread, SCRATCH_SLOT, p->scratch));
 }
 
-static void serial_body(void *arg, int64_t index, int32_t thread) {
-    const problem *p = arg;
-    (void)index;
-    for (int64_t i = 0; i < p->tasks; i++)
-        gemm_body(arg, i, thread);
+/* for_each: on the pool, or in order on this thread. */
+static void for_each(problem *p, int32_t threads, int64_t n, anert_body *body) {
+    if (threads > 1)
+        anert_parallel_for(p->pool, n, body, p);
+    for (int64_t i = 0; threads == 1 && i < n; i++)
+        body(p, i, 0);
 }
 
 /* Does batch, row, col fit in an address: checks (count - 1) * stride summed over the axes. */
@@ -314,21 +407,33 @@ static bool is_large(const problem *p) {
     return 2.0 * size * (double)p->n > SERIAL_FLOPS;
 }
 
+static anert_status multiply(problem *p, anert_pool *pool, anert_error *err) {
+    int32_t threads = is_large(p) ? anert_pool_threads(pool) : 1;
+    anert_status status = ANERT_OK;
+    p->pool = pool;
+    group(p, SHARED_WORDS);
+    anert_pool_enter(pool);
+    for (int32_t i = 0; i < threads && status == ANERT_OK; i++)
+        if (anert_pool_scratch(pool, i, SCRATCH_SLOT, p->scratch) == NULL)
+            status = anert_fail(err, ANERT_ENOMEM, "gemm: no memory for %zu bytes of scratch", p->scratch);
+    p->b_panels = anert_pool_scratch(pool, 0, SHARED_SLOT, shared_bytes(p));
+    if (status == ANERT_OK && p->b_panels == NULL)
+        status = anert_fail(err, ANERT_ENOMEM, "gemm: no memory for %zu bytes of panels", shared_bytes(p));
+    while (status == ANERT_OK && next_group(p)) {
+        cut(p, threads);
+        if (p->n != 1)
+            for_each(p, threads, pack_tasks(p), pack_body);
+        for_each(p, threads, p->tasks, gemm_body);
+    }
+    anert_pool_leave(pool);
+    return status;
+}
+
 anert_status anert_gemm(anert_pool *pool, int32_t precision, int64_t batch, int64_t m, int64_t n, int64_t k, float alpha,
                         anert_matrix a, anert_matrix b, float beta, anert_matrix c, anert_error *err) {
     anert_status status = check(pool, precision, batch, m, n, k, alpha, a, b, beta, c, err);
     if (status != ANERT_OK || batch == 0 || m == 0 || n == 0)
         return status;
     problem p = oriented(kernel_for(anert_pool_isa(pool), precision), precision, batch, m, n, k, alpha, a, b, beta, c);
-    p.pool = pool;
-    int32_t threads = is_large(&p) ? anert_pool_threads(pool) : 1;
-    cut(&p, threads);
-    anert_pool_enter(pool);
-    for (int32_t i = 0; i < threads && status == ANERT_OK; i++)
-        if (anert_pool_scratch(pool, i, SCRATCH_SLOT, p.scratch) == NULL)
-            status = anert_fail(err, ANERT_ENOMEM, "gemm: no memory for %zu bytes of scratch", p.scratch);
-    if (status == ANERT_OK)
-        anert_parallel_for(pool, threads == 1 ? 1 : p.tasks, threads == 1 ? serial_body : gemm_body, &p);
-    anert_pool_leave(pool);
-    return status;
+    return multiply(&p, pool, err);
 }

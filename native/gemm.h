@@ -24,6 +24,8 @@ typedef struct {
     void *c;
     int32_t dtype;
     int64_t row_stride, col_stride, rows, cols; /* of C, and how much of the tile lies inside it */
+    float *squares; /* NULL, or where the sum of squares of the tile's part of C goes (C is F32) */
+    bool stream;    /* C is written past the caches: F32, aligned to 64 bytes, beta 0 */
 } gemm_out;
 
 /* 32-bit words of a panel. The slack takes what a vector store writes past the panel's last row. */
@@ -33,9 +35,12 @@ typedef struct {
     int32_t mr, nr; /* register tile: rows of A, columns of B */
     int32_t kc;     /* deepest block of k */
     int32_t pair;   /* elements of k in a 32-bit word of a panel */
-    /* Packs x's first `count` rows, `depth` deep, into panels of `width` rows: panel, k, row. Reads nothing outside x.
-     * Rows past the end of x are arbitrary numbers: what they yield lies outside C. */
-    void (*pack)(const gemm_operand *x, int64_t count, int64_t depth, int64_t width, float *panels);
+    int32_t step;   /* a panel's words come in multiples of it, zeros at the end */
+    /* Packs x's first `count` rows, `depth` deep, into panels of mr or nr rows: panel, k, row (pack_a of AMX: panel, 16
+     * words of k, row, k). Reads nothing outside x. Rows past the end of x are arbitrary numbers: what they yield lies
+     * outside C. */
+    void (*pack_a)(const gemm_operand *x, int64_t count, int64_t depth, float *panels);
+    void (*pack_b)(const gemm_operand *x, int64_t count, int64_t depth, float *panels);
     /* One register tile from a panel of A and a panel of B, `words` deep. */
     void (*tile)(int64_t words, const float *a, const float *b, const gemm_out *out);
     /* C = beta C + alpha w x for `rows` rows of w and one column: 2 VL running sums per row, element k into sum
@@ -43,11 +48,17 @@ typedef struct {
     void (*matvec)(const gemm_operand *w, int64_t rows, int64_t k, const float *x, float *sums, const gemm_out *out);
     /* The k elements of a column as contiguous fp32: x itself, or a copy in `copy`. */
     const float *(*column)(const gemm_operand *x, int64_t k, float *copy);
+    /* Around the tiles of a task, on its thread: begin may be NULL, end makes streamed stores visible. */
+    void (*begin)(void);
+    void (*end)(void);
 } gemm_kernel;
 
 extern const gemm_kernel anert_gemm_scalar;
 #if defined(__x86_64__) || defined(VEC_EMULATED)
 extern const gemm_kernel anert_gemm_avx2, anert_gemm_avx512, anert_gemm_avx512bf16;
+#endif
+#if defined(ANERT_HAS_AMX)
+extern const gemm_kernel anert_gemm_amx;
 #endif
 #if defined(__aarch64__) || defined(VEC_EMULATED)
 extern const gemm_kernel anert_gemm_neon;

@@ -1,86 +1,16 @@
-/* gemm_avx512bf16.c: GEMM of bf16 operands by vdpbf16ps. A word of a panel is a pair (k, k + 1), k even in the lower half;
- * an odd depth is padded with a zero. Tiles and stores are those of gemm_kernel.h. */
+/* gemm_avx512bf16.c: GEMM of bf16 operands by vdpbf16ps. Tiles and stores are those of gemm_kernel.h. */
 #if defined(__x86_64__) || defined(VEC_EMULATED)
 #define VEC_AVX512BF16
-enum { MR = 6, NV = 4 };
+enum { MR = 6, NV = 4, PAIR_STEP = 1 };
 #include "gemm_kernel.h"
+#include "gemm_pairs.h"
 
-/* bf16 of 32 values, `low` in the lower half; the bits travel as vf */
-VEC_INLINE vf narrow(vf low, vf high) { return (vf)_mm512_cvtne2ps_pbh(high, low); }
-
-VEC_FN float element_pair(const gemm_operand *x, int64_t row, int64_t k, int64_t depth) {
-    uint32_t low = bf16_of(element_rounded(x, row, k));
-    uint32_t high = k + 1 < depth ? bf16_of(element_rounded(x, row, k + 1)) : 0;
-    uint32_t bits = low | high << 16;
-    float word;
-    memcpy(&word, &bits, sizeof word);
-    return word;
+VEC_FN void pack_rows(const gemm_operand *x, int64_t count, int64_t depth, float *panels) {
+    pack_pairs(x, count, depth, MR, panels);
 }
 
-VEC_INLINE void pairs_along_k(const gemm_operand *x, int64_t count, int64_t depth, int64_t width, float *panels,
-                              int32_t dtype, bool bf16) {
-    (void)bf16;
-    int64_t words = (depth + 1) / 2;
-    for (int64_t base = 0; base < count; base += width, panels += panel_size(width, words)) {
-        int64_t k = 0;
-        for (int64_t r = 0; r < width; r += VL) {
-            int64_t offset[VL];
-            for (int64_t i = 0; i < VL; i++)
-                offset[i] = MIN(base + MIN(r + i, width - 1), x->count - 1) * x->stride;
-            for (k = 0; 2 * (k + VL) <= depth; k += VL) {
-                vf square[VL];
-                for (int i = 0; i < VL; i++)
-                    square[i] = narrow(vf_load_as(x->data, offset[i] + 2 * k, dtype),
-                                       vf_load_as(x->data, offset[i] + 2 * k + VL, dtype));
-                vf_transpose(square);
-                for (int i = 0; i < VL; i++)
-                    vf_store(panels + (k + i) * width + r, square[i]);
-            }
-        }
-        for (; k < words; k++)
-            for (int64_t r = 0; r < width; r++)
-                panels[k * width + r] = element_pair(x, MIN(base + r, x->count - 1), 2 * k, depth);
-    }
-}
-
-VEC_INLINE void pairs_along_rows(const gemm_operand *x, int64_t count, int64_t depth, int64_t width, float *panels,
-                                 int32_t dtype, bool bf16) {
-    (void)bf16;
-    enum { STRIP = 8 };
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                                5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    int64_t words = (depth + 1) / 2;
-    for (int64_t strip = 0; strip < words; strip += STRIP)
-        for (int64_t base = 0; base < count; base += width)
-            for (int64_t k = strip; k < MIN(strip + STRIP, words); k++) {
-                float *out = panels + base / width * panel_size(width, words) + k * width;
-                int64_t start = 2 * k * x->k_stride + base;
-                for (int64_t r = 0; r < width && base + r < x->count; r += VL) {
-                    int64_t n = MIN(x->count - base - r, VL);
-                    bool whole = n == VL, odd = 2 * k + 1 == depth;
-                    vf low = whole ? vf_load_as(x->data, start + r, dtype) : vf_load_part(x->data, start + r, dtype, n);
-                    vf high = vf_zero();
-                    if (!odd && whole)
-                        high = vf_load_as(x->data, start + x->k_stride + r, dtype);
-                    else if (!odd)
-                        high = vf_load_part(x->data, start + x->k_stride + r, dtype, n);
-                    __m512i words32 = _mm512_castps_si512(narrow(low, high));
-                    vf_store(out + r, _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, words32)));
-                }
-            }
-}
-
-VEC_FN void pack_pairs(const gemm_operand *x, int64_t count, int64_t depth, int64_t width, float *panels) {
-    int64_t words = (depth + 1) / 2;
-    if (x->k_stride == 1)
-        FOR_DTYPE(x, pairs_along_k, count, depth, width, panels);
-    else if (x->stride == 1)
-        FOR_DTYPE(x, pairs_along_rows, count, depth, width, panels);
-    else
-        for (int64_t base = 0; base < count; base += width, panels += panel_size(width, words))
-            for (int64_t k = 0; k < words; k++)
-                for (int64_t r = 0; r < width; r++)
-                    panels[k * width + r] = element_pair(x, MIN(base + r, x->count - 1), 2 * k, depth);
+VEC_FN void pack_cols(const gemm_operand *x, int64_t count, int64_t depth, float *panels) {
+    pack_pairs(x, count, depth, NR, panels);
 }
 
 VEC_FN void tile_pairs(int64_t words, const float *a, const float *b, const gemm_out *out) {
@@ -101,5 +31,6 @@ VEC_FN void tile_pairs(int64_t words, const float *a, const float *b, const gemm
     finish(sum, out);
 }
 
-const gemm_kernel anert_gemm_avx512bf16 = {MR, NR, 640, 2, pack_pairs, tile_pairs, matvec, column};
+const gemm_kernel anert_gemm_avx512bf16 = {MR, NR, 640, 2, PAIR_STEP, pack_rows, pack_cols, tile_pairs, matvec, column, NULL,
+                                           vf_fence};
 #endif

@@ -99,17 +99,22 @@ VEC_FN void pack_strided(const gemm_operand *x, int64_t count, int64_t depth, in
                 panels[k * width + r] = element_rounded(x, MIN(base + r, x->count - 1), k);
 }
 
-VEC_FN void pack(const gemm_operand *x, int64_t count, int64_t depth, int64_t width, float *panels) {
-    if (x->k_stride == 1 && width == MR)
+VEC_FN void pack_a(const gemm_operand *x, int64_t count, int64_t depth, float *panels) {
+    if (x->k_stride == 1)
         FOR_DTYPE(x, pack_along_k, count, depth, MR, panels);
-    else if (x->k_stride == 1)
-        FOR_DTYPE(x, pack_along_k, count, depth, NR, panels);
-    else if (x->stride == 1 && width == MR)
+    else if (x->stride == 1)
         FOR_DTYPE(x, pack_along_rows, count, depth, MR, panels);
+    else
+        pack_strided(x, count, depth, MR, panels);
+}
+
+VEC_FN void pack_b(const gemm_operand *x, int64_t count, int64_t depth, float *panels) {
+    if (x->k_stride == 1)
+        FOR_DTYPE(x, pack_along_k, count, depth, NR, panels);
     else if (x->stride == 1)
         FOR_DTYPE(x, pack_along_rows, count, depth, NR, panels);
     else
-        pack_strided(x, count, depth, width, panels);
+        pack_strided(x, count, depth, NR, panels);
 }
 
 /* ---- Register tile ---- */
@@ -120,14 +125,31 @@ VEC_INLINE vf scaled(vf sum, const gemm_out *out, int64_t i, int64_t j, int32_t 
     return vf_fma(vf_set1(out->alpha), sum, vf_load_as(out->c, i * out->row_stride + j, dtype));
 }
 
-VEC_INLINE void store_whole(vf sum[MR][NV], const gemm_out *out, int32_t dtype) {
+/* Row i of a tile that lies within C. grad: C is F32 and out says whether to stream and to sum up squares. */
+VEC_INLINE vf store_row(const vf *sum, const gemm_out *out, int64_t i, int32_t dtype, bool grad, vf squares) {
+    for (int j = 0; j < NV; j++) {
+        vf x = scaled(sum[j], out, i, j * VL, dtype);
+        if (grad)
+            squares = vf_fma(x, x, squares);
+        if (grad && out->stream)
+            vf_stream((float *)out->c + i * out->row_stride + j * VL, x);
+        else
+            vf_store_as(out->c, i * out->row_stride + j * VL, dtype, x);
+    }
+    return squares;
+}
+
+VEC_INLINE void store_whole(vf sum[MR][NV], const gemm_out *out, int32_t dtype, bool grad) {
+    vf squares = vf_zero();
     for (int i = 0; i < MR; i++)
-        for (int j = 0; j < NV; j++)
-            vf_store_as(out->c, i * out->row_stride + j * VL, dtype, scaled(sum[i][j], out, i, j * VL, dtype));
+        squares = store_row(sum[i], out, i, dtype, grad, squares);
+    if (grad)
+        *out->squares = vf_sum(squares);
 }
 
 /* A tile at C's edge, or with C not contiguous along its rows: the arithmetic of store_whole on copies. */
 VEC_FN void store_edge(const float *tile, const gemm_out *out) {
+    float squares = 0.0f;
     for (int64_t i = 0; i < out->rows; i++)
         for (int64_t j = 0; j < out->cols; j += VL) {
             float old[VL] = {0};
@@ -136,10 +158,16 @@ VEC_FN void store_edge(const float *tile, const gemm_out *out) {
             for (int64_t l = 0; l < n && out->beta != 0.0f; l++)
                 old[l] = element(out->c, start + l * out->col_stride, out->dtype);
             vf_store(old, scaled(vf_load(tile + i * NR + j), &row, 0, 0, ANERT_F32));
-            for (int64_t l = 0; l < n; l++)
+            for (int64_t l = 0; l < n; l++) {
                 set_element(out->c, start + l * out->col_stride, out->dtype, old[l]);
+                squares += old[l] * old[l];
+            }
         }
+    if (out->squares != NULL)
+        *out->squares = squares;
 }
+
+VEC_INLINE bool is_edge(const gemm_out *out) { return out->rows < MR || out->cols < NR || out->col_stride != 1; }
 
 VEC_INLINE void finish(vf sum[MR][NV], const gemm_out *out) {
     if (!out->first)
@@ -150,18 +178,20 @@ VEC_INLINE void finish(vf sum[MR][NV], const gemm_out *out) {
         for (int i = 0; i < MR; i++)
             for (int j = 0; j < NV; j++)
                 vf_store(out->sums + i * out->sums_stride + j * VL, sum[i][j]);
-    } else if (out->rows < MR || out->cols < NR || out->col_stride != 1) {
+    } else if (is_edge(out)) {
         float tile[MR * NR];
         for (int i = 0; i < MR; i++)
             for (int j = 0; j < NV; j++)
                 vf_store(tile + i * NR + j * VL, sum[i][j]);
         store_edge(tile, out);
+    } else if (out->squares != NULL) {
+        store_whole(sum, out, ANERT_F32, true);
     } else if (out->dtype == ANERT_F32) {
-        store_whole(sum, out, ANERT_F32);
+        store_whole(sum, out, ANERT_F32, false);
     } else if (out->dtype == ANERT_F16) {
-        store_whole(sum, out, ANERT_F16);
+        store_whole(sum, out, ANERT_F16, false);
     } else {
-        store_whole(sum, out, ANERT_BF16);
+        store_whole(sum, out, ANERT_BF16, false);
     }
 }
 
@@ -196,7 +226,10 @@ VEC_FN void tile(int64_t words, const float *a, const float *b, const gemm_out *
 
 /* ---- One column ---- */
 
-enum { LANES = 2 * VL };
+enum {
+    LANES = 2 * VL,
+    AHEAD = 4096 /* bytes: hardware prefetch stops at each page; weights that stream from memory come 1.3x as fast */
+};
 
 VEC_FN const float *column(const gemm_operand *x, int64_t k, float *copy) {
     if (x->dtype == ANERT_F32 && x->k_stride == 1 && !x->bf16)
@@ -213,10 +246,12 @@ VEC_INLINE void dot_rows(const gemm_operand *w, int64_t rows, int64_t k, const f
         int64_t start[2] = {r * w->stride, MIN(r + 1, rows - 1) * w->stride}, i = 0;
         vf lanes[2][2] = {{vf_zero(), vf_zero()}, {vf_zero(), vf_zero()}};
         for (; i + LANES <= k; i += LANES)
-            for (int j = 0; j < 2; j++)
+            for (int j = 0; j < 2; j++) {
+                __builtin_prefetch((const char *)w->data + (size_t)(start[j] + i) * dtype_size(dtype) + AHEAD);
                 for (int h = 0; h < 2; h++)
                     lanes[j][h] = vf_fma(load_rounded(w->data, start[j] + i + h * VL, dtype, bf16), vf_load(x + i + h * VL),
                                          lanes[j][h]);
+            }
         for (int h = 0; i < k; h++, i += VL) {
             int64_t n = MIN(k - i, VL);
             vf right = n == VL ? vf_load(x + i) : vf_load_part(x, i, ANERT_F32, n);

@@ -17,11 +17,10 @@ extern const anert_head_kernels anert_head_neon;
 #endif
 
 static const anert_head_kernels *kernels_for(const anert_pool *pool) {
-    switch (anert_pool_isa(pool)) {
+    switch (anert_isa_vectors(anert_pool_isa(pool))) {
 #if defined(__x86_64__)
     case ANERT_ISA_AVX2: return &anert_head_avx2;
-    case ANERT_ISA_AVX512:
-    case ANERT_ISA_AVX512BF16: return &anert_head_avx512;
+    case ANERT_ISA_AVX512: return &anert_head_avx512;
 #elif defined(__aarch64__)
     case ANERT_ISA_NEON: return &anert_head_neon;
 #endif

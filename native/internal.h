@@ -7,6 +7,10 @@
 
 #include "anert.h"
 
+/* AMX needs the kernel's permission, which Linux grants by arch_prctl. */
+#if defined(__x86_64__) && defined(__linux__) && !defined(VEC_EMULATED)
+#define ANERT_HAS_AMX
+#endif
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define ROUND_UP(x, m) (((x) + (m) - 1) / (m) * (m))
@@ -35,9 +39,10 @@ void anert_parallel_for(anert_pool *pool, int64_t n, anert_body *body, void *arg
 void anert_pool_enter(anert_pool *pool);
 void anert_pool_leave(anert_pool *pool);
 int32_t anert_isa_best(void); /* what ANERT_ISA_AUTO means here */
+int32_t anert_isa_vectors(int32_t isa); /* what an instruction set computes vectors with: AMX and AVX512BF16 are AVX512 */
 /* Per-thread scratch that grows and stays: at least nbytes, 64-byte aligned; NULL if memory was not granted. Call it for
  * all threads before entering a parallel region. slot separates users that nest (gemm 0, tile 1, plan 2,
- * head 3, optim 4). */
+ * head 3, optim 4, gemm's shared panels 5). */
 void *anert_pool_scratch(anert_pool *pool, int32_t thread, int32_t slot, size_t nbytes);
 
 /* fp16.c: row converters of one instruction set, any alignment, any n >= 0. */
@@ -77,8 +82,8 @@ static inline __attribute__((always_inline)) size_t anert_count_past(const float
 }
 
 /* gemm.c: the same as anert_gemm, without the pool: on the calling thread alone, with that thread's scratch, for use inside
- * parallel bodies (attention by head). isa resolved. scratch: anert_gemm_scratch(isa, n, k) bytes. */
-size_t anert_gemm_scratch(int32_t isa, int64_t n, int64_t k);
+ * parallel bodies (attention by head). isa resolved. scratch: anert_gemm_scratch(isa, k) bytes, 64-byte aligned. */
+size_t anert_gemm_scratch(int32_t isa, int64_t k);
 void anert_gemm_serial(int32_t isa, int32_t precision, int64_t m, int64_t n, int64_t k, float alpha, anert_matrix a,
                        anert_matrix b, float beta, anert_matrix c, void *scratch);
 #endif

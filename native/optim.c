@@ -123,11 +123,10 @@ COMPILE_LOOPS(avx512, TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 
 static const loops *loops_for(int32_t isa) {
-    switch (isa) {
+    switch (anert_isa_vectors(isa)) {
 #if defined(__x86_64__)
     case ANERT_ISA_AVX2: return &loops_avx2;
-    case ANERT_ISA_AVX512:
-    case ANERT_ISA_AVX512BF16: return &loops_avx512;
+    case ANERT_ISA_AVX512: return &loops_avx512;
 #endif
     default: return &loops_base;
     }

@@ -499,7 +499,8 @@ extern const anert_tile_kernels anert_tile_neon;
 
 const anert_tile_kernels *anert_tile_kernels_for(int32_t isa) {
 #if defined(__x86_64__)
-    if (isa == ANERT_ISA_AVX512 || isa == ANERT_ISA_AVX512BF16) return &anert_tile_avx512;
+    isa = anert_isa_vectors(isa);
+    if (isa == ANERT_ISA_AVX512) return &anert_tile_avx512;
     if (isa == ANERT_ISA_AVX2) return &anert_tile_avx2;
 #elif defined(__aarch64__)
     if (isa == ANERT_ISA_NEON) return &anert_tile_neon;

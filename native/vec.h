@@ -2,7 +2,8 @@
  *
  * The file that includes it defines one of VEC_SCALAR, VEC_AVX2, VEC_AVX512, VEC_AVX512BF16, VEC_NEON first, and holds
  * kernels of that instruction set alone: VEC_FN marks their functions with its compile target. Here: the types vf (VL
- * fp32 lanes) and vm (a lane mask), and operations named vf_*. vf_load and vf_store need no alignment. Of vf_max and
+ * fp32 lanes) and vm (a lane mask), and operations named vf_*. vf_load and vf_store need no alignment. vf_stream goes past the
+ * caches, vf_fence makes that visible. Of vf_max and
  * vf_min, a NaN in the second operand is the result. Narrowing rounds to nearest even and overflows to inf. */
 #ifndef ANERT_VEC_H
 #define ANERT_VEC_H

@@ -9,6 +9,8 @@ VEC_INLINE vf vf_set1(float x) { return _mm256_set1_ps(x); }
 VEC_INLINE vf vf_zero(void) { return _mm256_setzero_ps(); }
 VEC_INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
 VEC_INLINE void vf_store(float *p, vf x) { _mm256_storeu_ps(p, x); }
+VEC_INLINE void vf_stream(float *p, vf x) { _mm256_stream_ps(p, x); } /* p aligned to 32 bytes */
+VEC_INLINE void vf_fence(void) { _mm_sfence(); }
 VEC_INLINE vf vf_load_f16(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
 VEC_INLINE void vf_store_f16(uint16_t *p, vf x) {
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));

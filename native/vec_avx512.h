@@ -9,6 +9,12 @@ VEC_INLINE vf vf_set1(float x) { return _mm512_set1_ps(x); }
 VEC_INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
 VEC_INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
 VEC_INLINE void vf_store(float *p, vf x) { _mm512_storeu_ps(p, x); }
+#if defined(VEC_EMULATED)
+VEC_INLINE void vf_stream(float *p, vf x) { vf_store(p, x); }
+#else
+VEC_INLINE void vf_stream(float *p, vf x) { _mm512_stream_ps(p, x); } /* p aligned to 64 bytes */
+#endif
+VEC_INLINE void vf_fence(void) { _mm_sfence(); }
 VEC_INLINE vf vf_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
 VEC_INLINE void vf_store_f16(uint16_t *p, vf x) {
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

@@ -9,6 +9,8 @@ VEC_INLINE vf vf_set1(float x) { return vdupq_n_f32(x); }
 VEC_INLINE vf vf_zero(void) { return vdupq_n_f32(0.0f); }
 VEC_INLINE vf vf_load(const float *p) { return vld1q_f32(p); }
 VEC_INLINE void vf_store(float *p, vf x) { vst1q_f32(p, x); }
+VEC_INLINE void vf_stream(float *p, vf x) { vf_store(p, x); } /* nothing goes past the caches here */
+VEC_INLINE void vf_fence(void) {}
 VEC_INLINE vf vf_load_f16(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 VEC_INLINE void vf_store_f16(uint16_t *p, vf x) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 VEC_INLINE vf vf_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }

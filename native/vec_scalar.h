@@ -9,6 +9,8 @@ VEC_INLINE vf vf_set1(float x) { return x; }
 VEC_INLINE vf vf_zero(void) { return 0.0f; }
 VEC_INLINE vf vf_load(const float *p) { return *p; }
 VEC_INLINE void vf_store(float *p, vf x) { *p = x; }
+VEC_INLINE void vf_stream(float *p, vf x) { vf_store(p, x); } /* nothing goes past the caches here */
+VEC_INLINE void vf_fence(void) {}
 VEC_INLINE vf vf_load_f16(const uint16_t *p) { return anert_float(*p); }
 VEC_INLINE void vf_store_f16(uint16_t *p, vf x) { *p = anert_half(x); }
 VEC_INLINE vf vf_load_bf16(const uint16_t *p) { return bf16_float(*p); }

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import hypothesis
 import pytest
-from fake_ane import fake_ane  # noqa: F401
+
+pytest.register_assert_rewrite("fake_ane")
+from fake_ane import fake_ane  # noqa: E402, F401
 
 # Two cores shared with other work: time is no property of a result. CI draws the same examples every time.
 hypothesis.settings.register_profile(

@@ -22,10 +22,10 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from cffi import FFI
 from fake_quirks import PROFILES, Quirks, Refused, apply, check, poisons
@@ -40,7 +40,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "tests" / "fake_apple"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
 DEFAULTS = {"compile_limit": 119, "load_limit": 128, "max_inputs": 8, "width_multiple": 16, "evaluate_us": 60}
-WORDS = {False: "FAKE_COMPILATION_FAILURE", True: "FAKE_INVALID_MIL"}
 
 
 def run(command: list[str], **options: Any) -> None:
@@ -159,7 +158,6 @@ class FakeAne:
         self.ffi, self.lib = library(path)
         self.compiler = Compiler(self.ffi, PROFILES[profile], CpuBackend(native.Pool(threads), precision=precision))
         self._hook = self.ffi.callback("void(fake_job *)", self.compiler)
-        self._options = dict(DEFAULTS)
         self._forgiven: list[str] = []
 
     def install(self, missing: str = "", changed: str = "") -> None:
@@ -170,17 +168,15 @@ class FakeAne:
         """Forget everything but objects that live, as a new process would."""
         core = native.load()
         plan_run = int(core.ffi.cast("uintptr_t", core.ffi.addressof(core.lib, "anert_plan_run")))
-        self._options = {**DEFAULTS, **options}
-        self.lib.fake_reset(self._record(), self._hook, self.ffi.cast("void *", plan_run))
+        given = {k: v.encode() if isinstance(v, str) else v for k, v in {**DEFAULTS, **options}.items()}
+        record = self.ffi.new("fake_options *", given)
+        self.lib.fake_reset(record, self._hook, self.ffi.cast("void *", plan_run))
 
     def set(self, **options: Any) -> None:
-        """Change options (fake.h) from here on: failure counts begin anew."""
-        self._options.update(options)
-        self.lib.fake_set(self._record())
-
-    def _record(self) -> Any:
-        options = {k: v.encode() if isinstance(v, str) else v for k, v in self._options.items()}
-        return self.ffi.new("fake_options *", options)
+        """Change options (fake.h) from here on."""
+        settings = self.lib.fake_settings()
+        for name, value in options.items():
+            setattr(settings, name, value.encode() if isinstance(value, str) else value)
 
     def counts(self) -> Any:
         """fake_counts: what was called, what is alive."""
@@ -222,32 +218,40 @@ class FakeAne:
 FakeMaker = Callable[..., FakeAne]
 
 
-@pytest.fixture
-def fake_ane(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMaker]:
-    """fake_ane(profile="plain", precision="fp32", threads=1, **options of fake.h) -> FakeAne, once per test.
-
-    The shim that `anert.ffi.load_ane` loads is the test build from then on.
-    """
+@contextmanager
+def stand_in(shim: Path | None = None) -> Iterator[FakeMaker]:
+    """What the fixture gives; shim: another build of it. Checks at the end unless the body raised."""
     made: list[FakeAne] = []
+    before = os.environ.get("ANERT_ANE")
 
     def make(profile: str = "plain", precision: str = "fp32", threads: int = 1, **options: Any) -> FakeAne:
-        shim, path = build()
-        monkeypatch.setenv("ANERT_ANE", str(shim))
+        assert not made, "one stand-in a test"
+        flags = tuple(shlex.split(os.environ.get("ANERT_FAKE_FLAGS", "")))
+        built, path = build(flags)
+        os.environ["ANERT_ANE"] = str(shim or built)
         native.load_ane.cache_clear()
-        fake = FakeAne(shim, path, profile, precision, threads)
+        fake = FakeAne(shim or built, path, profile, precision, threads)
         fake.install()
         fake.reset(**options)
         made.append(fake)
         return fake
 
-    yield make
     try:
+        yield make
         for fake in made:
             fake.check()
     finally:
         native.load_ane.cache_clear()
+        os.environ.pop("ANERT_ANE", None)
+        if before is not None:
+            os.environ["ANERT_ANE"] = before
 
 
-def nan_bits(array: np.ndarray) -> bool:
-    """Whether an fp16 array holds the NaN of memory that nobody wrote."""
-    return bool((array.view(np.uint16) == 0x7E01).any())
+@pytest.fixture
+def fake_ane() -> Iterator[FakeMaker]:
+    """fake_ane(profile="plain", precision="fp32", threads=1, **options of fake.h) -> FakeAne, once per test.
+
+    The shim that `anert.ffi.load_ane` loads during the test is the test build. ANERT_FAKE_FLAGS: how both are compiled.
+    """
+    with stand_in() as make:
+        yield make

@@ -59,20 +59,20 @@ class Surface:
     def locked(self, read_only: bool = False) -> Any:
         self.lock(read_only)
         try:
-            yield self.array()
+            yield self
         finally:
             self.unlock(read_only)
 
     def write(self, values: Any) -> Surface:
         flat = np.asarray(values, np.float16).ravel()
-        with self.locked() as memory:
-            memory[: flat.size] = flat
+        with self.locked():
+            self.array()[: flat.size] = flat
         return self
 
     def read(self, shape: Any = -1) -> np.ndarray:
         n = int(np.prod(shape)) if shape != -1 else -1
-        with self.locked(read_only=True) as memory:
-            return memory[: n if n >= 0 else None].copy().reshape(shape)
+        with self.locked(read_only=True):
+            return self.array()[: n if n >= 0 else None].copy().reshape(shape)
 
 
 class Program:
@@ -129,3 +129,24 @@ class Binding:
         ns = self.engine.ffi.new("uint64_t *")
         self.engine.call(self.engine.lib.anert_ane_run, self.ptr, ns)
         return int(ns[0])
+
+
+def inspect(framework: str) -> list[dict[str, Any]]:
+    """The selectors that the shim sends, as found: class, selector ("+modelWith..."), expected, found, ok."""
+    module = load_ane()
+    rows = module.ffi.new("anert_ane_selector[]", module.lib.anert_ane_selectors())
+    call(module.lib.anert_ane_inspect, framework.encode(), rows, err=error(module))
+
+    def text(field: Any) -> str:
+        return module.ffi.string(field).decode()
+
+    return [
+        {
+            "class": text(row.class_name),
+            "selector": "-+"[row.class_method] + text(row.selector),
+            "expected": text(row.expected),
+            "found": text(row.found),
+            "ok": bool(row.ok),
+        }
+        for row in rows
+    ]

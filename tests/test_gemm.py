@@ -325,14 +325,14 @@ int run_serial(int isa, int precision, long m, long n, long k, float alpha, aner
     anert_pool *pool;
     if (anert_pool_new(1, ANERT_ISA_SCALAR, &pool, NULL) != ANERT_OK)
         return 1;
-    void *scratch = anert_pool_scratch(pool, 0, 0, anert_gemm_scratch(isa, n, k));
+    void *scratch = anert_pool_scratch(pool, 0, 0, anert_gemm_scratch(isa, k));
     anert_gemm_serial(isa, precision, m, n, k, alpha, x[0], x[1], beta, x[2], scratch);
     anert_pool_free(pool);
     return 0;
 }
 """
 SOURCES = (
-    *("gemm.c", "gemm_scalar.c", "gemm_avx2.c", "gemm_avx512.c", "gemm_avx512bf16.c", "gemm_neon.c"),
+    *("gemm.c", "gemm_scalar.c", "gemm_avx2.c", "gemm_avx512.c", "gemm_avx512bf16.c", "gemm_amx.c", "gemm_neon.c"),
     *("pool.c", "error.c"),
 )
 BUILDS: dict[str, tuple[str, ...]] = {"native": (), "emulated": ("VEC_EMULATED",)}

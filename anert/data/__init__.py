@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
+from anert.data.corpus import Options as TokenizeOptions
+from anert.data.corpus import tokenize
 from anert.data.dataset import Batch, TokenDataset, TrainBatches
-from anert.data.text import END_OF_TEXT, Progress, detect_split, document_pieces, documents, read_blocks
-from anert.data.token_file import TokenFile, TokenWriter, open_tokens, sniff
+from anert.data.shards import open_tokens, sniff
+from anert.data.text import Progress, detect_split, documents
+from anert.data.token_file import TokenFile, TokenWriter
 from anert.errors import InputError
-from anert.tokenizer import Tokenizer
+from anert.events import Progress as ProgressEvent
+from anert.tokenizer import END_OF_TEXT, Tokenizer
 
 __all__ = [
     "END_OF_TEXT",
@@ -18,11 +22,14 @@ __all__ = [
     "TokenDataset",
     "TokenFile",
     "TokenWriter",
+    "TokenizeOptions",
     "TrainBatches",
+    "detect_split",
     "open_tokens",
     "documents",
     "prepare",
     "sniff",
+    "tokenize",
     "tokenize_file",
 ]
 
@@ -36,35 +43,19 @@ def tokenize_file(
     eos: bool = False,
     progress: Progress | None = None,
 ) -> TokenFile:
-    """Tokenize plain text into our token file, streaming; the file appears when it is whole.
+    """`tokenize` of one text into one token file, which is replaced. progress(bytes read, bytes).
 
-    split: how documents are told apart: `endoftext`, `blank`, `line`, `file`, or `auto` (endoftext where the mark is).
-    Each one is stripped and has BOS before it (a vocabulary without BOS: EOS after it). progress(bytes read, bytes).
-    Raises InputError: unreadable, not UTF-8, or no text in it.
+    Each document has BOS before it (a vocabulary without BOS: EOS after it). Raises InputError as `tokenize`.
     """
-    how = detect_split(text_path) if split == "auto" else split
-    bos, eos = bos and tokenizer.bos_id >= 0, (eos or (bos and tokenizer.bos_id < 0)) and tokenizer.eos_id >= 0
-    about = tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.hash
-    with TokenWriter(out_path, *about) as writer:
-        pieces = document_pieces(read_blocks(text_path, progress), how)
-        for piece, last in pieces:
-            writer.start_document()
-            if last:
-                writer.write(tokenizer.encode(piece, bos, eos))
-                continue
-            for ids in tokenizer.encode_pieces(_rest_of_document(piece, pieces), bos, eos):
-                writer.write(ids)
-        if not writer.n_tokens:
-            raise InputError(f"{text_path}: no text in it, only whitespace: there is nothing to train on")
+    both = bos and eos and min(tokenizer.bos_id, tokenizer.eos_id) >= 0
+    ends = "both" if both else "auto" if bos else "eos" if eos else "none"
+    with contextlib.closing(
+        tokenize([text_path], tokenizer, out_path, TokenizeOptions(split=split, ends=ends), force=True)
+    ) as events:
+        for event in events:
+            if progress and isinstance(event, ProgressEvent):
+                progress(event.done, event.total)
     return open_tokens(out_path)
-
-
-def _rest_of_document(piece: str, pieces: Iterator[tuple[str, bool]]) -> Iterator[str]:
-    yield piece
-    for text, last in pieces:
-        yield text
-        if last:
-            return
 
 
 def prepare(

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anert.data.shards import open_shards, open_tokens
 from anert.data.text import Progress
-from anert.data.token_file import Tokens, check_ids, open_tokens
+from anert.data.token_file import Tokens, check_ids
 from anert.errors import InputError
 
 Batch = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
 class TokenDataset:
-    """A token file as aligned windows of seq_len + 1 ids; neighbours share one id, as in llama2.c.
+    """A token file, or shards, as aligned windows of seq_len + 1 ids; neighbours share one id, as in llama2.c.
 
-    val: the fraction of the file's tail that is held out, or the path of another token file. Where a file is too short
+    val: the fraction of the file's tail that is held out, or the path of another token file; shards that were made
+    with a validation part have that, and val is not asked. Where a file is too short
     to hold out a window, nothing is held out and `note` says so. Raises InputError: fewer than seq_len + 2 ids, an id
     past the vocabulary (named with its position), or ids of another tokenizer.
     """
@@ -35,7 +37,7 @@ class TokenDataset:
         progress: Progress | None = None,
     ) -> None:
         """vocab_size 0: unchecked. name: what messages call the data (default: path). progress(ids checked, ids)."""
-        self.path, self.seq_len, self.name = Path(path), seq_len, name or str(path)
+        self.path, self.seq_len, self.name, self.held_out = Path(path), seq_len, name or str(path), val
         if seq_len < 1:
             raise InputError(f"seq_len {seq_len}: at least 1 is needed")
         file = open_tokens(path)
@@ -48,7 +50,11 @@ class TokenDataset:
             raise InputError(f"{self.name}: {too_short}: give more text, or a smaller seq_len")
         if vocab_size:
             check_ids(file.tokens, vocab_size, self.name, progress)
-        if isinstance(val, Path | str):
+        if file.kind == "shards" and len(own := open_shards(path, "val").tokens):
+            if vocab_size:
+                check_ids(own, vocab_size, self.name, progress)
+            self._train, self._val = file.tokens, own
+        elif isinstance(val, Path | str):
             held_out = TokenDataset(val, seq_len, 0.0, vocab_size, tokenizer_hash)
             self._train, self._val = file.tokens, held_out._train
         else:
@@ -73,9 +79,9 @@ class TokenDataset:
             return tokens, tokens[n:]
         return tokens[:at], tokens[at:]
 
-    def train_batches(self, batch: int, seed: int) -> TrainBatches:
-        """Endless batches of `batch` windows, a new order every epoch."""
-        return TrainBatches(self._train, self.n_windows, self.seq_len, batch, seed)
+    def train_batches(self, batch: int, seed: int, rank: int = 0, ranks: int = 1) -> TrainBatches:
+        """Endless batches of `batch` windows, a new order every epoch; of `ranks` that take turns, those of `rank`."""
+        return TrainBatches(self._train, self.n_windows, self.seq_len, batch, seed, rank, ranks)
 
     def val_windows(self, batch: int = 1, tokens: int = 0) -> Iterator[Batch]:
         """The same validation batches every time: (inputs, targets), int32 (batch * seq_len,), new arrays each.
@@ -97,7 +103,7 @@ class TokenDataset:
         """Entropy of the training ids in nats: the loss of a model that knows only how frequent each is."""
         counts = np.zeros(0, np.int64)
         for at in range(0, self.train_tokens, 1 << 22):
-            block = np.bincount(self._train[at : at + (1 << 22)], minlength=len(counts))
+            block = np.bincount(np.asarray(self._train[at : at + (1 << 22)]), minlength=len(counts))
             block[: len(counts)] += counts
             counts = block
         p = counts[counts > 0] / self.train_tokens
@@ -107,14 +113,18 @@ class TokenDataset:
 class TrainBatches(Iterator[Batch]):
     """(inputs, targets), int32 (batch * seq_len,), sequence after sequence; two arrays that each step overwrites.
 
-    Every window comes once an epoch, in an order that depends on seed and epoch only. `state_dict` is the cursor.
+    Every window comes once an epoch, in an order that depends on seed and epoch only. `state_dict` is the cursor, of
+    all ranks together: batch i of rank r is number i * ranks + r of the run.
     """
 
-    def __init__(self, tokens: Tokens, n_windows: int, seq_len: int, batch: int, seed: int) -> None:
+    def __init__(
+        self, tokens: Tokens, n_windows: int, seq_len: int, batch: int, seed: int, rank: int = 0, ranks: int = 1
+    ) -> None:
         if batch < 1:
             raise InputError(f"batch {batch}: at least 1 is needed")
         self._tokens, self._n, self._seq_len, self._batch, self._seed = tokens, n_windows, seq_len, batch, seed
-        self.windows = 0  # served since the start of the run
+        self._skip, self._stride = rank * batch, ranks * batch
+        self.windows = 0  # served since the start of the run, to all ranks
         self._order = epoch_order(seed, 0, n_windows)
         self._order_epoch = 0
         self._inputs, self._targets = (np.empty(batch * seq_len, np.int32) for _ in range(2))
@@ -125,9 +135,9 @@ class TrainBatches(Iterator[Batch]):
         return self.windows / self._n
 
     def __next__(self) -> Batch:
-        chosen = [self._window(self.windows + i) for i in range(self._batch)]
+        chosen = [self._window(self.windows + self._skip + i) for i in range(self._batch)]
         fill(self._tokens, chosen, self._seq_len, self._inputs, self._targets)
-        self.windows += self._batch
+        self.windows += self._stride
         return self._inputs, self._targets
 
     def _window(self, served: int) -> int:

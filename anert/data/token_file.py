@@ -6,8 +6,14 @@ then if documents are recorded the index of each one's first token as uint64.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
+import platform
+import shutil
 import struct
+import sys
+import tempfile
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +23,9 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from anert.data.text import Progress
+from anert.data.text import GZIP, Progress, open_input
 from anert.errors import InputError
+from anert.files import publish
 
 MAGIC = b"anertTOK"
 VERSION = 1
@@ -35,12 +42,12 @@ OTHER_FILES = {
     b"version https://git-lfs": "a git-lfs pointer: run `git lfs pull` there",
     b"\xff\xfe": "UTF-16 text: convert it to UTF-8 (iconv -f utf-16 -t utf-8)",
     b"\xfe\xff": "UTF-16 text: convert it to UTF-8 (iconv -f utf-16 -t utf-8)",
-    b"\x1f\x8b": "gzip: unpack it first",
     b"PK\x03\x04": "a zip archive: unpack it first",
     b"\x93NUMPY": "a NumPy array: write its ids with .astype('<u2').tofile()",
 }
 
 Tokens = NDArray[np.unsignedinteger[Any]]
+"""Ids: an array, or shards.Joined, which is used as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +83,11 @@ def sniff(path: Path | str) -> str:
     for prefix, what in OTHER_FILES.items():
         if start.startswith(prefix):
             raise InputError(f"{path}: {what}")
+    if start.startswith(GZIP):
+        with open_input(path) as (f, _, _):
+            if _text_or_raw(f.read(SAMPLE), f"{path}") == "raw":
+                raise InputError(f"{path}: packed tokens: unpack them (gunzip), they are read by memory map")
+        return "text"
     return _text_or_raw(start, f"{path}")
 
 
@@ -110,7 +122,14 @@ def open_tokens(path: Path | str) -> TokenFile:
         return _open_llmc(path, size)
     if size % 2:
         raise InputError(f"{path}: {size:,} bytes are no uint16 ids, and there is no header: not a token file")
-    return TokenFile(path, "raw", np.memmap(path, "<u2", "r"))
+    tokens = np.memmap(path, "<u2", "r")
+    return TokenFile(path, "raw", tokens.view("<u4") if _is_wide(tokens) else tokens)
+
+
+def _is_wide(tokens: Tokens) -> bool:
+    """Whether uint16 numbers are halves of uint32 ids: every second one is then small, which no text's ids are."""
+    low, high = tokens[0:SAMPLE:2], tokens[1:SAMPLE:2]
+    return len(tokens) >= 128 and not len(tokens) % 2 and int(high.max()) < 16 and int(low.max()) > 255
 
 
 def _open_ours(path: Path, size: int) -> TokenFile:
@@ -148,80 +167,139 @@ def _padded(n: int) -> int:
     return -(-n // 8) * 8
 
 
+def dtype_of(name: str, vocab_size: int) -> np.dtype[Any]:
+    """Little-endian uint16 or uint32 by name; `auto`: the smaller that holds the vocabulary. Raises InputError."""
+    if name not in ("auto", "uint16", "uint32"):
+        raise InputError(f"dtype {name!r}: expected auto, uint16 or uint32")
+    if name == "uint16" and vocab_size > 1 << 16:
+        raise InputError(f"uint16 holds ids up to 65,535, the vocabulary has {vocab_size:,}: use uint32")
+    return np.dtype("<u2" if name != "uint32" and vocab_size <= 1 << 16 else "<u4")
+
+
 class TokenWriter:
     """Writes our file as ids come, under a temporary name; it appears when the `with` block ends well, or not at all.
 
+    raw: ids alone, as llama2.c and maderix/ANE read them. Memory is bounded: document starts wait in a temporary file.
     Raises InputError where the disk refuses (full, no permission); nothing is left then.
     """
 
     def __init__(
-        self, path: Path | str, vocab_size: int, bos_id: int = -1, eos_id: int = -1, tokenizer_hash: str = ""
+        self,
+        path: Path | str,
+        vocab_size: int,
+        bos_id: int = -1,
+        eos_id: int = -1,
+        tokenizer_hash: str = "",
+        dtype: str = "auto",
+        raw: bool = False,
     ) -> None:
-        self.path = Path(path)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.path, self.raw = Path(path), raw
+        self._temporary = self.path.with_name(f".{self.path.name}.{platform.node()}-{os.getpid()}.tmp")
         self._about = vocab_size, bos_id, eos_id, tokenizer_hash
-        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-        self.n_tokens = 0
+        self.dtype = dtype_of(dtype, vocab_size)
+        self.n_tokens = self.n_documents = 0
         self._documents = array("Q")
-        self._pending: list[int] = []
+        self._pending = array("H" if self.dtype.itemsize == 2 else "I")
         self._file: BinaryIO | None = None
+        self._starts: BinaryIO | None = None
 
     def __enter__(self) -> Self:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self.path)
             self._file = open(self._temporary, "wb")
-            self._file.write(bytes(HEADER_BYTES))
+            self._starts = tempfile.TemporaryFile(dir=self.path.parent)
+            self._file.write(b"" if self.raw else bytes(HEADER_BYTES))
         except OSError as e:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink(missing_ok=True)
             raise self._refused(e) from None
         return self
 
     def start_document(self) -> None:
+        self.n_documents += 1
         self._documents.append(self.n_tokens)
 
     def write(self, ids: list[int]) -> None:
         """Append ids, each of 0 to vocab_size - 1."""
-        self._pending += ids
+        self._pending.fromlist(ids)
         self.n_tokens += len(ids)
         if len(self._pending) >= SAMPLE:
             self._flush()
 
+    def append(self, other: TokenFile) -> None:
+        """Append all of another file, with its documents."""
+        starts = other.documents if other.documents is not None else np.zeros(0, "<u8")
+        for at in range(0, len(starts), SAMPLE):
+            self._documents.frombytes((np.asarray(starts[at : at + SAMPLE], np.uint64) + self.n_tokens).tobytes())
+            self._flush()
+        for at in range(0, len(other.tokens), SAMPLE):
+            self._pending.frombytes(np.asarray(other.tokens[at : at + SAMPLE]).astype(self.dtype).tobytes())
+            self._flush()
+        self.n_documents += len(starts)
+        self.n_tokens += len(other.tokens)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._file is not None
+        assert self._file is not None and self._starts is not None
         try:
             if kind is None:
-                self._finish(self._file)
+                self._finish(self._file, self._starts)
         except OSError as e:
             raise self._refused(e) from None
         finally:
-            self._file.close()
+            self._starts.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is buffered once more
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
 
     def _flush(self) -> None:
-        assert self._file is not None
+        assert self._file is not None and self._starts is not None
         try:
-            self._file.write(np.array(self._pending, self.dtype).data)
+            self._file.write(little_endian(self._pending))
+            self._starts.write(little_endian(self._documents))
         except OSError as e:
             raise self._refused(e) from None
-        self._pending.clear()
+        del self._pending[:], self._documents[:]
 
-    def _finish(self, f: BinaryIO) -> None:
+    def _finish(self, f: BinaryIO, starts: BinaryIO) -> None:
         self._flush()
-        vocab, bos, eos, digest = self._about
-        n, width, documents = self.n_tokens, self.dtype.itemsize, np.array(self._documents, "<u8")
-        if documents.size:
-            f.write(bytes(_padded(n * width) - n * width))
-            f.write(documents.data)
-        f.seek(0)
-        sha = bytes.fromhex(digest) if digest else bytes(32)
-        f.write(HEADER.pack(MAGIC, VERSION, width, n, documents.size, vocab, bos, eos, 0, sha))
+        if not self.raw:
+            vocab, bos, eos, digest = self._about
+            n, width = self.n_tokens, self.dtype.itemsize
+            if self.n_documents:
+                f.write(bytes(_padded(n * width) - n * width))
+                starts.seek(0)
+                shutil.copyfileobj(starts, f)
+            f.seek(0)
+            sha = bytes.fromhex(digest) if digest else bytes(32)
+            f.write(HEADER.pack(MAGIC, VERSION, width, n, self.n_documents, vocab, bos, eos, 0, sha))
         f.flush()
-        os.fsync(f.fileno())
-        os.replace(self._temporary, self.path)
+        publish(self._temporary, self.path)
 
     def _refused(self, e: OSError) -> InputError:
         return InputError(f"{self.path}: cannot write the tokens: {e.strerror}")
+
+
+def little_endian(numbers: array[int]) -> bytes:
+    """The bytes of an array as files hold them."""
+    if sys.byteorder == "big":
+        numbers = numbers[:]
+        numbers.byteswap()
+    return numbers.tobytes()
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what a killed process of this machine left of its attempt to write a file."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{glob.escape(platform.node())}-*.tmp"):
+        pid = left.name.removesuffix(".tmp").rpartition("-")[2]
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (ValueError, PermissionError):
+            continue
 
 
 def check_ids(tokens: Tokens, vocab_size: int, name: Path | str, progress: Progress | None = None) -> None:
@@ -229,6 +307,7 @@ def check_ids(tokens: Tokens, vocab_size: int, name: Path | str, progress: Progr
     step = 1 << 22
     for at in range(0, len(tokens), step):
         block = tokens[at : at + step]
+        block = np.asarray(block)
         if int(block.max()) >= vocab_size:
             first = at + int(np.argmax(block >= vocab_size))
             what = f"token {int(tokens[first])} at position {first:,}"

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import abc
 import codecs
+import functools
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from itertools import chain, repeat
 from pathlib import Path
 
 from anert.errors import InputError
 
+END_OF_TEXT = "<|endoftext|>"
 CACHE_WORDS = 1 << 18
 CACHE_CHARS = 64
 SEGMENT = 1 << 16
 """Characters of a long document that are encoded at a time."""
+
+BATCH_CHARS = 1 << 18
+"""Characters that one task of `encode_batch` gets at least."""
 
 
 class WordCache(dict[str, list[int]]):
@@ -111,12 +119,26 @@ class Tokenizer(abc.ABC):
         """Ids of a text. Text that looks like a special token is plain text here.
 
         Raises InputError where bos or eos is asked and the vocabulary has none."""
+        if len(text) > 2 * SEGMENT:  # a part at a time stays in the processor's cache
+            blocks = (text[i : i + SEGMENT] for i in range(0, len(text), SEGMENT))
+            return list(chain.from_iterable(self.encode_pieces(blocks, bos, eos)))
         ids = self._encode(text, True)
         if bos:
             ids.insert(0, self._special("bos", self.bos_id))
         if eos:
             ids.append(self._special("eos", self.eos_id))
         return ids
+
+    def encode_batch(
+        self, texts: Sequence[str], bos: bool = False, eos: bool = False, executor: Executor | None = None
+    ) -> list[list[int]]:
+        """`encode` of every text, in order. executor: any of concurrent.futures; its workers keep the tokenizer."""
+        if executor is None:
+            return [self.encode(t, bos, eos) for t in texts]
+        shipped, chunks = Shipped(self), list(chunked(texts, BATCH_CHARS))
+        n = len(chunks)
+        done = executor.map(encode_chunk, repeat(shipped, n), chunks, repeat(bos, n), repeat(eos, n))
+        return list(chain.from_iterable(done))
 
     def encode_pieces(self, pieces: Iterable[str], bos: bool = False, eos: bool = False) -> Iterator[list[int]]:
         """`encode` of the pieces' concatenation, in parts and in bounded memory wherever the text can be cut."""
@@ -155,3 +177,48 @@ class Tokenizer(abc.ABC):
         if not 0 <= token < self.vocab_size:
             raise InputError(f"token id {token} is past the vocabulary of {self.vocab_size} tokens")
         return int(token)
+
+
+class Shipped:
+    """A tokenizer on its way to other processes: pickled once, rebuilt once in each worker, with its word cache."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.hash = tokenizer.hash
+        self._pickled = pickle.dumps(tokenizer)
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Shipped) and self.hash == other.hash
+
+    def tokenizer(self) -> Tokenizer:
+        return unpacked(self)
+
+    def build(self) -> Tokenizer:
+        """A new tokenizer."""
+        tokenizer: Tokenizer = pickle.loads(self._pickled)
+        return tokenizer
+
+
+@functools.lru_cache(maxsize=4)
+def unpacked(shipped: Shipped) -> Tokenizer:
+    """One tokenizer for all equal Shipped of a process."""
+    return shipped.build()
+
+
+def encode_chunk(shipped: Shipped, texts: Sequence[str], bos: bool, eos: bool) -> list[list[int]]:
+    """A task of `encode_batch`."""
+    return shipped.tokenizer().encode_batch(texts, bos, eos)
+
+
+def chunked(texts: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    """Runs of texts with at least `size` characters each, but for the last."""
+    start = n = 0
+    for i, text in enumerate(texts):
+        n += len(text)
+        if n >= size:
+            yield texts[start : i + 1]
+            start, n = i + 1, 0
+    if start < len(texts):
+        yield texts[start:]

@@ -13,17 +13,9 @@ from pathlib import Path
 import regex
 
 from anert.errors import InputError
-from anert.tokenizer.base import Tokenizer, WordCache, replace_surrogates
+from anert.tokenizer.base import END_OF_TEXT, Tokenizer, WordCache, replace_surrogates
 from anert.tokenizer.merge import Merges
-
-PATTERNS = {
-    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-"""Split patterns by name (GPT-2 encoder.py; tiktoken openai_public.py). Both take every character."""
-
-END_OF_TEXT = "<|endoftext|>"
+from anert.tokenizer.split import PATTERNS, splitter
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +54,18 @@ class ByteBPETokenizer(Tokenizer):
         self._absent = bytes(b for b in range(256) if bytes([b]) not in self._ids)
         if missing := [b for b in self._absent if 32 <= b < 127]:
             raise InputError(f"vocabulary has no token for byte 0x{missing[0]:02X}: not a byte-level BPE")
-        self._byte_ids = [self._ids.get(bytes([b]), -1) for b in range(256)]
+        self._byte_id = [self._ids.get(bytes([b]), -1) for b in range(256)].__getitem__
+        self._whole_words = v.whole_words
         self._bytes = list(v.tokens)
         for text, i in self.specials.items():
             self._bytes[i] = text.encode()
         self._merges = merge_table(v, self._ids)
-        self._splits = [regex.compile(s) for s in v.splits]
-        self._covers = len(v.splits) == 1 and v.splits[0] in PATTERNS.values()
+        self._splits = [splitter(s) for s in v.splits]
         self._special_pattern = any_special(self.specials)
         self._cache = WordCache(self._encode_word)
+
+    def __reduce__(self) -> tuple[type[ByteBPETokenizer], tuple[Vocabulary]]:
+        return type(self), (self.vocabulary,)
 
     @functools.cached_property
     def hash(self) -> str:  # type: ignore[override]
@@ -98,14 +93,14 @@ class ByteBPETokenizer(Tokenizer):
         pattern: a name of PATTERNS, or a pattern. Ids: bytes, merges in order, specials last; the first special is bos
         and eos. progress(merges done, merges asked). Raises InputError for a vocab_size under 256 + len(specials).
         """
-        from anert.tokenizer.bpe_train import learn_merges
+        from anert.tokenizer.bpe_train import count_words, learn_byte_merges
 
         n = vocab_size - 256 - len(specials)
         if n < 0:
             least = 256 + len(specials)
             raise InputError(f"vocabulary of {vocab_size}: byte-level BPE needs at least {least} (bytes and specials)")
         split = PATTERNS.get(pattern, pattern)
-        merges = learn_merges(texts, n, split, specials, progress)
+        merges = learn_byte_merges(count_words(texts, split, specials), n, progress)
         tokens = [bytes([b]) for b in range(256)]
         for a, b in merges:
             tokens.append(tokens[a] + tokens[b])
@@ -146,14 +141,10 @@ class ByteBPETokenizer(Tokenizer):
     def _encode(self, text: str, first: bool) -> list[int]:
         if first and text and self.vocabulary.add_prefix_space and text[0] != " ":
             text = " " + text
-        words = self._splits[0].findall(text) if self._covers else self._split(text)
-        return list(chain.from_iterable(map(self._cache.__getitem__, words)))
-
-    def _split(self, text: str) -> list[str]:
         parts = [text]
-        for pattern in self._splits:
-            parts = [p for part in parts for p in split_around(pattern, part)]
-        return parts
+        for split in self._splits:
+            parts = split(parts[0]) if len(parts) == 1 else list(chain.from_iterable(map(split, parts)))
+        return list(chain.from_iterable(map(self._cache.__getitem__, parts)))
 
     def _encode_word(self, word: str) -> list[int]:
         try:
@@ -162,9 +153,9 @@ class ByteBPETokenizer(Tokenizer):
             data = replace_surrogates(word).encode()
         if self._absent:
             data = data.translate(None, self._absent)
-        if self.vocabulary.whole_words and (whole := self._ids.get(data)) is not None:
+        if self._whole_words and (whole := self._ids.get(data)) is not None:
             return [whole]
-        return self._merges.apply([self._byte_ids[b] for b in data])
+        return self._merges.apply(list(map(self._byte_id, data)))
 
     def _cut(self, text: str) -> int:
         if self._splits and self.vocabulary.splits[-1] in PATTERNS.values():
@@ -191,14 +182,3 @@ def any_special(specials: Iterable[str]) -> regex.Pattern[str] | None:
     """Pattern of the specials, the longest first."""
     longest_first = sorted(filter(None, specials), key=len, reverse=True)
     return regex.compile("|".join(map(regex.escape, longest_first))) if longest_first else None
-
-
-def split_around(pattern: regex.Pattern[str], text: str) -> list[str]:
-    """Matches of a pattern and what lies between them, in order, without empty parts."""
-    parts: list[str] = []
-    at = 0
-    for match in pattern.finditer(text):
-        parts += [text[at : match.start()], match[0]]
-        at = match.end()
-    parts.append(text[at:])
-    return [p for p in parts if p]

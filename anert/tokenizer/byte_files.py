@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from anert.errors import InputError
-from anert.tokenizer.byte_bpe import END_OF_TEXT, PATTERNS, Vocabulary
+from anert.tokenizer.base import END_OF_TEXT
+from anert.tokenizer.byte_bpe import Vocabulary
+from anert.tokenizer.split import PATTERNS
 
 FORMAT = "anert byte-bpe tokenizer"
 VERSION = 1
@@ -74,9 +76,9 @@ def from_hugging_face(content: Mapping[str, Any], config: Mapping[str, Any], nam
     """tokenizer.json (byte-level BPE) -> Vocabulary. config: tokenizer_config.json, for bos and eos; may be empty."""
     try:
         model = content["model"]
-        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or content.get("normalizer"):
-            what = f"{model.get('type', 'BPE')}{' with byte fallback' if model.get('byte_fallback') else ''}"
-            raise InputError(f"{name}: {what} model or a normalizer; anert reads byte-level BPE from tokenizer.json")
+        if model.get("type", "BPE") != "BPE" or content.get("normalizer"):
+            what = model.get("type", "BPE")
+            raise InputError(f"{name}: {what} model or a normalizer; anert reads byte-level BPE and Llama's BPE")
         splits, prefix_space = _pre_tokenizer(content.get("pre_tokenizer"), name)
         added = {t["content"]: t["id"] for t in content.get("added_tokens") or []}
         ids = _ids(model["vocab"] | added, name)

@@ -13,12 +13,16 @@ from typing import Any
 
 from anert.errors import InputError
 from anert.tokenizer.base import Tokenizer
-from anert.tokenizer.byte_bpe import PATTERNS, ByteBPETokenizer
+from anert.tokenizer.byte_bpe import ByteBPETokenizer
 from anert.tokenizer.byte_files import byte_letters
 from anert.tokenizer.llama import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, LlamaTokenizer, Pieces
+from anert.tokenizer.split import PATTERNS
 
 SPACE = "\u2581"
 """Their space; ours is a space."""
+
+ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
+COPY = "anert copy of a tokenizer.json"
 
 
 def write_directory(tokenizer: Tokenizer, folder: Path) -> None:
@@ -26,17 +30,15 @@ def write_directory(tokenizer: Tokenizer, folder: Path) -> None:
     Raises InputError for a tokenizer that tokenizer.json cannot say."""
     if isinstance(tokenizer, ByteBPETokenizer):
         content, texts = _byte_level(tokenizer), {i: t for t, i in tokenizer.specials.items()}
-        kind = "PreTrainedTokenizerFast"
     elif isinstance(tokenizer, LlamaTokenizer):
         content, texts = _llama(tokenizer.model), dict(enumerate(tokenizer.model.pieces))
-        kind = "LlamaTokenizer"
         if tokenizer.suffix == ".model":
             tokenizer.save(folder / "tokenizer.model")
     else:
         raise InputError(f"a {tokenizer.kind} tokenizer has no tokenizer.json: convert without it")
     named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     config = {
-        "tokenizer_class": kind,
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it stands; LlamaTokenizer rebuilds it
         **{key: texts[i] for key, i in named.items() if i in texts},
         "clean_up_tokenization_spaces": False,
     }
@@ -126,7 +128,11 @@ def _llama(m: Pieces) -> dict[str, Any]:
             "vocab": {p: i for i, p in enumerate(pieces)},
             "merges": [[pieces[a], pieces[b]] for a, b in _merges(m, pieces)],
         },
-        normalizer={"type": "Sequence", "normalizers": [*prepend, replace]},
+        **(
+            {"pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}}
+            if m.prefix_once
+            else {"normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]}}
+        ),
         post_processor=post,
         decoder={"type": "Sequence", "decoders": decoders},
     )
@@ -144,6 +150,29 @@ def _merges(m: Pieces, pieces: list[str]) -> list[tuple[int, int]]:
     return found
 
 
+def is_llama(content: Mapping[str, Any]) -> bool:
+    """Whether a JSON is a tokenizer.json with byte fallback, or our copy of one."""
+    model = content.get("model")
+    return content.get("format") == COPY or (isinstance(model, dict) and bool(model.get("byte_fallback")))
+
+
+def read_llama(content: Mapping[str, Any], config: Mapping[str, Any], name: str) -> tuple[Pieces, bytes]:
+    """(`llama_pieces`, a file that holds them without another beside it).
+
+    That is the tokenizer.json itself, unless tokenizer_config.json names other ends than <s> and </s>.
+    """
+    if content.get("format") == COPY:
+        content, config = content.get("tokenizer", {}), content.get("config", {})
+        if not (isinstance(content, dict) and isinstance(config, dict)):
+            raise InputError(f"{name}: damaged copy of a tokenizer.json")
+    pieces = llama_pieces(content, config, name)
+    ends = {key: config[key] for key in ENDS if key in config}
+    ids = content["model"]["vocab"] | {t["content"]: t["id"] for t in content.get("added_tokens") or []}
+    if (pieces.bos_id, pieces.eos_id) == tuple(_named(text, ids) for text in ENDS.values()):
+        return pieces, json.dumps(content, ensure_ascii=False, indent=0).encode()
+    return pieces, json.dumps({"format": COPY, "config": ends, "tokenizer": content}, ensure_ascii=False).encode()
+
+
 def llama_pieces(content: Mapping[str, Any], config: Mapping[str, Any], name: str) -> Pieces:
     """tokenizer.json of a Llama (BPE with byte fallback) -> Pieces. config: tokenizer_config.json; may be empty.
 
@@ -154,7 +183,7 @@ def llama_pieces(content: Mapping[str, Any], config: Mapping[str, Any], name: st
         vocab = {**model["vocab"], **{t["content"]: t["id"] for t in content.get("added_tokens") or []}}
         special = {t["id"] for t in content.get("added_tokens") or [] if t.get("special")}
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
-        prefix = _dummy_prefix(content, name)
+        prefix, once = _dummy_prefix(content, name)
         texts = [""] * len(vocab)
         for text, i in vocab.items():
             if not (isinstance(text, str) and isinstance(i, int) and 0 <= i < len(texts)) or texts[i]:
@@ -171,10 +200,11 @@ def llama_pieces(content: Mapping[str, Any], config: Mapping[str, Any], name: st
         tuple(t.replace(SPACE, " ") for t in texts),
         tuple(-float(ranks.get(i, 0)) for i in range(len(texts))),
         tuple(types),
-        bos_id=_named(config.get("bos_token", "<s>"), vocab),
-        eos_id=_named(config.get("eos_token", "</s>"), vocab),
+        bos_id=_named(config.get("bos_token", ENDS["bos_token"]), vocab),
+        eos_id=_named(config.get("eos_token", ENDS["eos_token"]), vocab),
         unk_id=unk,
         add_dummy_prefix=prefix,
+        prefix_once=once,
     )
     wanted = _merges(pieces, texts)
     if wanted != [(vocab[str(a)], vocab[str(b)]) for a, b in merges]:
@@ -207,23 +237,24 @@ def _named(token: Any, vocab: Mapping[str, int]) -> int:
     return vocab.get(text, -1) if isinstance(text, str) else -1
 
 
-def _dummy_prefix(content: Mapping[str, Any], name: str) -> bool:
-    """Whether a space goes before the text; InputError for any other normalization."""
+def _dummy_prefix(content: Mapping[str, Any], name: str) -> tuple[bool, bool]:
+    """(whether a space goes before the text, whether only where there is none); InputError for any other
+    normalization."""
 
     def stages(key: str, many: str) -> list[Any]:
         stage = content.get(key)
         return stage[many] if stage and stage["type"] == "Sequence" else [stage] if stage else []
 
-    prefix = replaced = False
+    prefix = replaced = once = False
     for stage in (*stages("normalizer", "normalizers"), *stages("pre_tokenizer", "pretokenizers")):
         if stage["type"] == "Prepend" and stage["prepend"] == SPACE:
             prefix = True
         elif stage["type"] == "Replace" and stage["pattern"] == {"String": " "} and stage["content"] == SPACE:
             replaced = True
         elif stage["type"] == "Metaspace" and stage.get("replacement") == SPACE and not stage.get("split"):
-            replaced, prefix = True, stage.get("prepend_scheme", "always") != "never"
+            replaced, prefix, once = True, stage.get("prepend_scheme", "always") != "never", True
         else:
             raise InputError(f"{name}: {stage['type']} before byte-fallback BPE; anert reads what SentencePiece does")
     if not replaced:
         raise InputError(f"{name}: byte-fallback BPE without SentencePiece's spaces: another kind of tokenizer")
-    return prefix
+    return prefix, once

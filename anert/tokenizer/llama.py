@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import regex
 
-from anert.tokenizer.base import StreamDecoder, Tokenizer, WordCache, replace_surrogates
+from anert.errors import InputError
+from anert.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, WordCache, replace_surrogates
 from anert.tokenizer.merge import Merges
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -40,6 +41,8 @@ class Pieces:
     byte_fallback: bool = True
     add_dummy_prefix: bool = True
     remove_extra_whitespaces: bool = False
+    prefix_once: bool = False
+    """The dummy prefix goes only before a text that does not begin with a space (Hugging Face's Metaspace)."""
 
 
 class LlamaTokenizer(Tokenizer):
@@ -65,6 +68,9 @@ class LlamaTokenizer(Tokenizer):
         self._words = word_pattern(piece for piece in ids if len(piece) > 1)
         self._cache = WordCache(self._encode_word)
 
+    def __reduce__(self) -> tuple[type[LlamaTokenizer], tuple[Pieces, bytes, str]]:
+        return type(self), (self.model, self._source, self.suffix)
+
     @functools.cached_property
     def hash(self) -> str:  # type: ignore[override]
         m, digest = self.model, hashlib.sha256(b"anert llama tokenizer 1\n")
@@ -73,18 +79,53 @@ class LlamaTokenizer(Tokenizer):
         for piece, score, kind in zip(m.pieces, m.scores, m.types, strict=True):
             text = piece.encode()
             digest.update(struct.pack("<fBi", score + 0.0, kind, len(text)) + text)
+        if m.prefix_once:
+            digest.update(b"prefix once")
         return digest.hexdigest()
+
+    @classmethod
+    def train(
+        cls,
+        texts: Iterable[str],
+        vocab_size: int,
+        specials: Sequence[str] = (END_OF_TEXT,),
+        progress: Callable[[float, float], None] | None = None,
+    ) -> LlamaTokenizer:
+        """Learn pieces from texts, as SentencePiece's BPE with llama2.c's settings; fewer where no pair occurs twice.
+
+        Ids: unk, bos, eos, 256 bytes, merged pieces in order, characters. specials: marks that separate texts and are
+        not learned. progress(merges done, merges asked). Raises InputError for a vocab_size under 260.
+        """
+        from anert.tokenizer.bpe_train import LLAMA_SPLIT, count_words, learn_pieces
+
+        fixed = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+        if vocab_size <= len(fixed):
+            raise InputError(
+                f"vocabulary of {vocab_size}: Llama's needs at least {len(fixed) + 1} (bytes and specials)"
+            )
+        texts = (replace_surrogates(t.replace("\u2581", " ")) for t in texts)
+        words = count_words(texts, LLAMA_SPLIT, specials, " ")
+        merged, characters = learn_pieces(words, vocab_size - len(fixed), progress)
+        pieces = [p for p in (*merged, *characters) if p not in fixed]
+        scores = [0.0] * len(fixed) + [-float(i) for i in range(len(pieces))]
+        types = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * 256 + [NORMAL] * len(pieces)
+        return cls(Pieces((*fixed, *pieces), tuple(scores), tuple(types)))
 
     def token_bytes(self, token: int) -> bytes:
         return self._bytes[self._check_id(token)]
 
     def save(self, path: Path | str) -> None:
-        """Write the file it was read from; llama2.c's tokenizer.bin where the name ends in .bin."""
-        from anert.tokenizer.llama_files import write_bin
+        """Write the file it was read from, where the name's suffix is that file's; else SentencePiece's .model or
+        llama2.c's tokenizer.bin by the suffix. Raises InputError for what only a tokenizer.json can say."""
+        from anert.tokenizer.llama_files import write_bin, write_model
 
-        as_bin = Path(path).suffix == ".bin" or not self._source
-        keep = self._source and as_bin == (self.suffix == ".bin")
-        Path(path).write_bytes(self._source if keep else write_bin(self.model))
+        suffix = Path(path).suffix
+        if self._source and suffix == self.suffix:
+            Path(path).write_bytes(self._source)
+        elif self.model.prefix_once:
+            raise InputError(f"{path}: this tokenizer's Metaspace is for tokenizer.json alone: save it as .json")
+        else:
+            Path(path).write_bytes(write_model(self.model) if suffix == ".model" else write_bin(self.model))
 
     def decode_stream(self) -> StreamDecoder:
         """As SentencePiece: the text loses the one leading space that the dummy prefix gave it."""
@@ -119,7 +160,8 @@ class LlamaTokenizer(Tokenizer):
             text = regex.sub(" +", " ", text.strip(" ")).replace("\u2581", " ").rstrip(" ")
         else:
             text = text.replace("\u2581", " ")
-        return " " + text if first and text and self.model.add_dummy_prefix else text
+        prefix = first and text and self.model.add_dummy_prefix and not (self.model.prefix_once and text[0] == " ")
+        return " " + text if prefix else text
 
     def _encode_span(self, text: str) -> list[int]:
         words = [text] if self._words is None else self._words.findall(text)

@@ -72,6 +72,40 @@ def write_bin(model: Pieces) -> bytes:
     return b"".join(out)
 
 
+def write_model(model: Pieces) -> bytes:
+    """Pieces -> SentencePiece .model (sentencepiece_model.proto)."""
+    rows = zip(model.pieces, model.scores, model.types, strict=True)
+    out = [_write_message(1, _write_piece(*row)) for row in rows]
+    trainer = [(3, 2), (4, len(model.pieces)), (35, model.byte_fallback)]
+    trainer += [(40, model.unk_id), (41, model.bos_id), (42, model.eos_id)]
+    normalizer = [(3, model.add_dummy_prefix), (4, model.remove_extra_whitespaces), (5, True)]
+    out.append(_write_message(2, b"".join(_write_number(*f) for f in trainer)))
+    out.append(_write_message(3, _write_message(1, b"identity") + b"".join(_write_number(*f) for f in normalizer)))
+    return b"".join(out)
+
+
+def _write_piece(text: str, score: float, kind: int) -> bytes:
+    text = text if kind in (BYTE, CONTROL, UNKNOWN) else text.replace(" ", "\u2581")
+    return _write_message(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _write_number(3, kind)
+
+
+def _write_message(field: int, content: bytes) -> bytes:
+    return _write_varint(field << 3 | 2) + _write_varint(len(content)) + content
+
+
+def _write_number(field: int, value: int) -> bytes:
+    return _write_varint(field << 3) + _write_varint(value % (1 << 64))
+
+
+def _write_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
 def read_model(data: bytes, name: str) -> Pieces:
     """SentencePiece .model -> Pieces. Raises InputError for what is no BPE model with identity normalization."""
     try:

@@ -9,8 +9,9 @@ from typing import Any
 from anert.errors import InputError
 from anert.tokenizer import byte_files, hf_files, llama_files
 from anert.tokenizer.base import Tokenizer
-from anert.tokenizer.byte_bpe import PATTERNS, ByteBPETokenizer, Vocabulary
+from anert.tokenizer.byte_bpe import ByteBPETokenizer, Vocabulary
 from anert.tokenizer.llama import LlamaTokenizer
+from anert.tokenizer.split import PATTERNS
 
 IN_DIRECTORY = ("tokenizer.json", "tokenizer.model", "tokenizer.bin", "vocab.json")
 LARGEST = 256 << 20
@@ -33,12 +34,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     start = data[:64].lstrip()
     if start.startswith(b"{"):
         content = _json(data, path)
-        if isinstance(model := content.get("model"), dict) and model.get("byte_fallback"):
-            return LlamaTokenizer(hf_files.llama_pieces(content, _beside(path), str(path)), data, ".json")
+        if hf_files.is_llama(content):
+            return LlamaTokenizer(*hf_files.read_llama(content, _beside(path), str(path)), ".json")
         return ByteBPETokenizer(_from_json(content, path))
     if start.startswith(b"#version"):
         return ByteBPETokenizer(_from_vocab_beside(data, path))
-    if data[:1] == b"\x0a":  # field 1 of a protobuf: a piece
+    if data[:1] == b"\x0a" and data[1:4] != bytes(3):  # field 1 of a protobuf: a piece; else a longest piece of 10
         return LlamaTokenizer(llama_files.read_model(data, str(path)), data, ".model")
     if _is_ranks(data):
         pattern = PATTERNS["gpt2" if "gpt2" in path.name or "50k" in path.name else "cl100k"]

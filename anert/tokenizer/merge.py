@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import itertools
-from heapq import heapify, heappop, heappush
+from collections import Counter
+from heapq import heappop, heappush
+from itertools import pairwise, repeat
 
 NO_MERGE = 1 << 62
 SHORT = 48
 """Symbols up to which rescanning a list beats a heap."""
 
+SYMBOL_BITS = 25
+SYMBOL = (1 << SYMBOL_BITS) - 1
+
 
 class Merges:
-    """A table of pairs of symbols that merge.
+    """A table of pairs of symbols (under 2^25) that merge.
 
     rank: pair -> order of merging, lower first; pairs of equal rank merge from the left.
     result: pair -> the symbol that replaces it.
     """
 
     def __init__(self, rank: dict[tuple[int, int], int], result: dict[tuple[int, int], int]) -> None:
-        self.rank, self.result = rank, result
+        self._merge = {pair: r << SYMBOL_BITS | result[pair] for pair, r in rank.items()}
+        """pair -> rank and result in one number, ordered by rank."""
+        ranks = Counter(m >> SYMBOL_BITS for m in set(self._merge.values()))
+        self._shared = {r for r, n in ranks.items() if n > 1}
+        """Ranks with more than one result: where the smallest number is not the leftmost pair."""
 
     def apply(self, symbols: list[int]) -> list[int]:
         """Merge until no adjacent pair is in the table. O(n log n); short lists are changed in place."""
@@ -27,37 +35,44 @@ class Merges:
         return self._short(symbols) if len(symbols) <= SHORT else self._long(symbols)
 
     def _short(self, symbols: list[int]) -> list[int]:
-        rank = self.rank
-        ranks = [rank.get(pair, NO_MERGE) for pair in itertools.pairwise(symbols)]
-        while (best := min(ranks)) != NO_MERGE:
-            i = ranks.index(best)
-            symbols[i] = self.result[symbols[i], symbols[i + 1]]
-            del symbols[i + 1], ranks[i]
-            if not ranks:
-                break
+        find, shared = self._merge.get, self._shared
+        merges = list(map(find, pairwise(symbols), repeat(NO_MERGE)))
+        while (best := min(merges)) != NO_MERGE:
+            if shared and (rank := best >> SYMBOL_BITS) in shared:
+                best = next(m for m in merges if m >> SYMBOL_BITS == rank)
+            i = merges.index(best)
+            symbols[i] = merged = best & SYMBOL
+            del symbols[i + 1], merges[i]
             if i:
-                ranks[i - 1] = rank.get((symbols[i - 1], symbols[i]), NO_MERGE)
-            if i < len(ranks):
-                ranks[i] = rank.get((symbols[i], symbols[i + 1]), NO_MERGE)
+                merges[i - 1] = find((symbols[i - 1], merged), NO_MERGE)
+            elif not merges:
+                break
+            if i < len(merges):
+                merges[i] = find((merged, symbols[i + 1]), NO_MERGE)
         return symbols
 
     def _long(self, symbols: list[int]) -> list[int]:
-        rank, result, n = self.rank, self.result, len(symbols)
+        find, n = self._merge.get, len(symbols)
         after = list(range(1, n + 1))  # position of the next live symbol, n: none
         before = list(range(-1, n - 1))
         symbols = symbols[:]
-        heap = [(rank[pair], i, i + 1, *pair) for i, pair in enumerate(itertools.pairwise(symbols)) if pair in rank]
-        heapify(heap)
+        heap: list[tuple[int, int, int, int, int, int]] = []  # rank, position, the next one, both symbols, result
+
+        def offer(i: int, j: int) -> None:
+            if (m := find((symbols[i], symbols[j]))) is not None:
+                heappush(heap, (m >> SYMBOL_BITS, i, j, symbols[i], symbols[j], m & SYMBOL))
+
+        for i in range(n - 1):
+            offer(i, i + 1)
         while heap:
-            _, i, j, a, b = heappop(heap)
+            _, i, j, a, b, merged = heappop(heap)
             if symbols[i] != a or symbols[j] != b or after[i] != j:
                 continue  # one of the two has merged with another since
-            symbols[i], symbols[j] = result[a, b], -1
+            symbols[i], symbols[j] = merged, -1
             after[i] = k = after[j]
             if k < n:
                 before[k] = i
-                if (r := rank.get((symbols[i], symbols[k]))) is not None:
-                    heappush(heap, (r, i, k, symbols[i], symbols[k]))
-            if (h := before[i]) >= 0 and (r := rank.get((symbols[h], symbols[i]))) is not None:
-                heappush(heap, (r, h, i, symbols[h], symbols[i]))
+                offer(i, k)
+            if before[i] >= 0:
+                offer(before[i], i)
         return [s for s in symbols if s >= 0]

@@ -47,6 +47,7 @@ typedef struct {
     int32_t load_limit;          /* programs loaded at a time */
     int32_t load_failures;       /* so many loads from now are NO without an error */
     int32_t compile_failures;    /* so many compiles from now are refused with an error below an error */
+    int32_t unload_failures;     /* so many unloads from now are refused */
     int32_t evaluate_failures;   /* so many evaluates from now are NO at once; -1: all */
     int32_t declaration_order;   /* 1: ports bind in the order of the text, 0: in byte order of their names */
     int32_t max_inputs;          /* past it inputs are silently permuted */
@@ -54,13 +55,14 @@ typedef struct {
     int32_t equal_sizes;         /* 1: all input surfaces must have one size, outputs too */
     int32_t evaluate_us;         /* no evaluate that works returns sooner */
     int32_t lock_failures;       /* so many IOSurfaceLock from now answer an error */
+    int32_t unlock_failures;     /* so many IOSurfaceUnlock from now answer an error, and leave the lock */
     int32_t create_failures;     /* so many IOSurfaceCreate from now give NULL */
     int32_t short_surface;       /* 1: IOSurfaceCreate grants less than it was asked for */
     int32_t seal;                /* 1: memory that is not locked cannot be touched at all: SIGSEGV */
     int32_t keep_stage;          /* 1: unload leaves the staging directory */
     int32_t odd_hash;            /* 1: hexStringIdentifier is no name of a directory */
     int32_t nil_descriptor, nil_model, nil_wrapper, nil_request;
-    char throws[64];             /* a selector's first word that raises an exception: "compileWithQoS" */
+    char throws[64];             /* a selector's first word that raises an exception, once: "compileWithQoS" */
 } fake_options;
 
 /* Registers the four classes, once per process: `missing` is a class or "Class selector" that is left out, `changed` a
@@ -68,7 +70,7 @@ typedef struct {
 void fake_install(const char *missing, const char *changed);
 /* Forgets all that happened, frees what the plans need no more, takes new options. plan_run: anert_plan_run. */
 void fake_reset(const fake_options *options, fake_hook *hook, void *plan_run);
-void fake_set(const fake_options *options);
+fake_options *fake_settings(void); /* those in force, to be changed in place; counts go down in it */
 
 /* ---- What was seen ---- */
 typedef struct {

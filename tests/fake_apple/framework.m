@@ -17,8 +17,9 @@ static const wide_bool GARBAGE = 0xdead00;
 static bool poisoned; /* an op has spoilt the engine */
 
 static void raise_if_asked(const char *call) {
-    if (strcmp(fake_now.throws, call) == 0)
-        [NSException raise:@"ANEFakeException" format:@"thrown\nby %s", call];
+    if (strcmp(fake_now.throws, call) != 0) return;
+    fake_now.throws[0] = '\0';
+    [NSException raise:@"ANEFakeException" format:@"thrown\nby %s", call];
 }
 
 static wide_bool refuse(NSError **error, NSString *domain, NSInteger code, NSString *text, NSError *below) {
@@ -275,6 +276,7 @@ static wide_bool model_unload(FakeModel *self, SEL selector, unsigned int qos, N
     fake_add(&fake_seen.unloads, 1);
     if (!self->loaded) return refuse_state(error, "unload of a model that is not loaded");
     if (self->running) fake_violate("unload during an evaluate");
+    if (fake_take(&fake_now.unload_failures)) return refuse(error, DOMAIN, 3, @"unload failed", nil);
     self->loaded = false;
     fake_add(&fake_seen.loaded, -1);
     if (!fake_now.keep_stage) [[NSFileManager defaultManager] removeItemAtPath:staged(self, @"") error:NULL];
@@ -353,8 +355,6 @@ static id new_request(id self, SEL selector, id inputs, id input_indices, id out
     }
     NSArray *in = by_index(inputs, input_indices, "inputs"), *out = by_index(outputs, output_indices, "outputs");
     if (in == nil || out == nil || fake_now.nil_request) return nil;
-    fake_handed_in(inputs);
-    fake_handed_in(outputs);
     FakeRequest *made = [[[self alloc] init] autorelease];
     fake_born(made, &fake_seen.requests);
     made->inputs = [in retain];
@@ -434,7 +434,6 @@ static int64_t now_us(void) {
 
 static wide_bool evaluate_loaded(FakeModel *self, FakeRequest *request, NSError **error) {
     const fake_port *in[MAX_PORTS], *out[MAX_PORTS];
-    int64_t start = now_us();
     size_t n_in = bound_order(self, 0, in), n_out = bound_order(self, 1, out);
     bool suits = fits(request->inputs, in, n_in) && fits(request->outputs, out, n_out);
     if (fake_take(&fake_now.evaluate_failures) || poisoned || !suits) {
@@ -444,18 +443,19 @@ static wide_bool evaluate_loaded(FakeModel *self, FakeRequest *request, NSError 
     int32_t status = compute(self, request, in, n_in, out, n_out);
     if (status != 0) return refuse(error, DOMAIN, status, @"the engine of the stand-in failed", nil);
     if (self->job.poison) poisoned = true;
-    while (now_us() - start < fake_now.evaluate_us) continue;
     return GARBAGE | YES;
 }
 
 static wide_bool model_evaluate(FakeModel *self, SEL selector, unsigned int qos, id options, id request, NSError **error) {
     (void)selector;
     check_call("evaluateWithQoS", qos, options);
+    int64_t end = now_us() + fake_now.evaluate_us;
     fake_add(&fake_seen.evaluates, 1);
     if (!self->loaded) return refuse_state(error, "evaluate of a model that is not loaded");
     if (!fake_is(request, @"_ANERequest")) return refuse_state(error, "evaluate: not a living request");
     if (__atomic_exchange_n(&self->running, 1, __ATOMIC_SEQ_CST)) fake_violate("two evaluates of one model at a time");
     wide_bool answer = evaluate_loaded(self, request, error);
+    while ((answer & 0xff) == YES && now_us() < end) continue; /* a NO is quick */
     __atomic_store_n(&self->running, 0, __ATOMIC_SEQ_CST);
     return answer;
 }

@@ -140,6 +140,7 @@ EXPORT int IOSurfaceLock(FakeSurface *s, uint32_t options, uint32_t *seed) {
 
 EXPORT int IOSurfaceUnlock(FakeSurface *s, uint32_t options, uint32_t *seed) {
     if (!is_surface(s, "IOSurfaceUnlock")) return BAD_ARGUMENT;
+    if (fake_take(&fake_now.unlock_failures)) return NOT_PERMITTED;
     pthread_mutex_lock(&fake_mutex);
     fake_seen.unlocks++;
     int32_t *held = options & READ_ONLY ? &s->readers : &s->writers;

@@ -1,0 +1,151 @@
+"""A directory of token files that are one: shards, a note beside each, and a manifest once all are there.
+
+shard-00007.bin (and .val.bin) have shard-00007.json beside them, written last: what it was made of, and sizes. Whoever
+finds every note there writes manifest.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from anert.data import token_file
+from anert.data.token_file import TokenFile, Tokens
+from anert.errors import InputError
+from anert.files import publish
+
+MANIFEST = "manifest.json"
+FORMAT = "anert token shards"
+VERSION = 1
+
+
+class Joined:
+    """Several arrays of ids as one: what TokenDataset needs of an array. A slice within one of them is a view."""
+
+    def __init__(self, parts: Sequence[Tokens]) -> None:
+        self._parts = [p for p in parts if len(p)]
+        self._ends = np.cumsum([len(p) for p in self._parts], dtype=np.int64)
+        self.dtype = np.result_type(*parts) if parts else np.dtype("<u2")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, slice):
+            part, at = self._find(range(len(self))[key])
+            return self._parts[part][at]
+        start, stop, step = key.indices(len(self))
+        if step != 1:
+            raise IndexError("joined token files are cut without a step")
+        if start >= stop:
+            return np.zeros(0, self.dtype)
+        (first, a), (last, b) = self._find(start), self._find(stop - 1)
+        if first == last:
+            return self._parts[first][a : b + 1]
+        return Joined([self._parts[first][a:], *self._parts[first + 1 : last], self._parts[last][: b + 1]])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate(self._parts, dtype=dtype or self.dtype)
+
+    def _find(self, index: int) -> tuple[int, int]:
+        part = int(np.searchsorted(self._ends, index, "right"))
+        return part, index - int(self._ends[part] - len(self._parts[part]))
+
+
+def note_path(shard: Path) -> Path:
+    return shard.with_suffix(".json")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a whole file or none. Raises InputError where the disk refuses."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        publish(temporary, path)
+    except OSError as e:
+        raise InputError(f"{path}: cannot write: {e.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_note(shard: Path) -> dict[str, Any] | None:
+    """The note beside a finished shard, or None where it is not finished (or its files are not as the note says)."""
+    try:
+        note = json.loads(note_path(shard).read_text("utf-8"))
+        whole = all((shard.parent / f["name"]).stat().st_size == f["bytes"] for f in note["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return note if whole else None
+
+
+def write_manifest(directory: Path, about: Mapping[str, Any], notes: Sequence[Mapping[str, Any]]) -> Path:
+    """Write manifest.json of finished shards; returns its path."""
+    files = [f for note in notes for f in note["files"]]
+    totals = {key: sum(note[key] for note in notes) for key in ("tokens", "val_tokens", "documents", "bytes")}
+    path = directory / MANIFEST
+    write_json(path, {"format": FORMAT, "version": VERSION, **about, **totals, "files": files})
+    return path
+
+
+def is_shards(path: Path) -> bool:
+    return path.is_dir() or path.name == MANIFEST
+
+
+def sniff(path: Path | str) -> str:
+    """`token_file.sniff`, and `shards` for a directory or a manifest."""
+    return "shards" if is_shards(Path(path)) else token_file.sniff(path)
+
+
+def open_tokens(path: Path | str) -> TokenFile:
+    """Map a token file or a directory of shards. Raises InputError as `token_file.open_tokens` and `open_shards`."""
+    return open_shards(path) if is_shards(Path(path)) else token_file.open_tokens(path)
+
+
+def open_shards(path: Path | str, part: str = "train") -> TokenFile:
+    """Map the shards of a directory (or its manifest). part: `train` or `val`, whose tokens may be none.
+
+    Raises InputError: not finished, damaged, or with a shard missing or changed.
+    """
+    path = Path(path)
+    manifest = path / MANIFEST if path.is_dir() else path
+    directory = manifest.parent
+    if not manifest.is_file():
+        n = len(list(directory.glob("shard-*.json")))
+        raise InputError(
+            f"{directory}: no {MANIFEST}, {n} shards finished: run the same `anert tokenize` again until it is whole"
+            if n
+            else f"{directory}: a directory without {MANIFEST}: not token shards"
+        )
+    try:
+        content = json.loads(manifest.read_text("utf-8"))
+        if content["format"] != FORMAT or content["version"] != VERSION:
+            raise InputError(f"{manifest}: version {content['version']}, this anert reads {VERSION}: update anert")
+        files = [f for f in content["files"] if f["part"] == part]
+        tokens = cast(Tokens, Joined([_tokens(directory, f, np.dtype(f["dtype"])) for f in files]))
+        about = int(content["vocab_size"]), int(content["bos_id"]), int(content["eos_id"])
+        return TokenFile(directory, "shards", tokens, *about, str(content["tokenizer_hash"]))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{manifest}: damaged ({type(e).__name__}: {e}): tokenize again") from None
+
+
+def _tokens(directory: Path, entry: Mapping[str, Any], dtype: np.dtype[Any]) -> Tokens:
+    path = directory / entry["name"]
+    size = path.stat().st_size if path.is_file() else -1
+    if size != entry["bytes"]:
+        state = "missing" if size < 0 else f"{size:,} bytes, {entry['bytes']:,} expected"
+        raise InputError(f"{path}: {state}: delete {note_name(path)} and tokenize again")
+    if not entry["tokens"]:
+        return np.zeros(0, dtype)
+    if entry["raw"]:
+        return np.memmap(path, dtype, "r")
+    return token_file.open_tokens(path).tokens
+
+
+def note_name(path: Path) -> str:
+    """Name of the note beside a shard's file."""
+    return f"{path.name.partition('.')[0]}.json"

@@ -1,0 +1,49 @@
+"""Opens the stand-in as other versions of the framework would be: a class, a selector missing, or of another type.
+
+    python tests/ane_variants.py FAKE.so < variants.json
+
+Classes are registered once per process, so every (missing, changed) of stdin gets a child of this one. Prints a list of
+[exception, message, selectors that are not as expected].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from fake_ane import library
+from shim_run import Engine, inspect
+
+from anert.errors import AnertError
+
+
+def attempt(path: str, missing: str, changed: str) -> tuple[str, str, list[dict]]:
+    library(Path(path))[1].fake_install(missing.encode(), changed.encode())
+    odd = [row for row in inspect(path) if not row["ok"]]
+    try:
+        Engine(path)
+    except AnertError as error:
+        return type(error).__name__, str(error), odd
+    return "", "", odd
+
+
+def in_child(path: str, missing: str, changed: str) -> object:
+    read, write = os.pipe()
+    if os.fork() == 0:
+        os.write(write, json.dumps(attempt(path, missing, changed)).encode())
+        os._exit(0)
+    os.close(write)
+    os.wait()
+    with os.fdopen(read) as answer:
+        return json.loads(answer.read() or '["crash", "", []]')
+
+
+def main(path: str) -> None:
+    library(Path(path))
+    print(json.dumps([in_child(path, *variant) for variant in json.load(sys.stdin)]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
