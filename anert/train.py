@@ -259,6 +259,7 @@ class Trainer:
         if self.saved_path and not self.out.is_dir():
             yield Notice("warning", f"{self.out} has vanished with the checkpoints in it: made anew")
         self.saving_best, self.retry_at = self.best_val, math.inf
+        self.net.settle()
         self.saver.save(self.step, self.state(), best)
         self.due_step = self.step
 
@@ -305,6 +306,7 @@ class Trainer:
         for path in checkpoint.set_aside(self.out, found.step):
             yield Notice("info", f"{path}: what led astray, kept for a look at it")
         skipped, again, trained_s = self.skipped, self.rolled_back + 1, self.trained_s
+        self.net.settle()
         self.store.load(found.model)
         self._restore(found)
         self.store.sync()
@@ -398,7 +400,7 @@ class Trainer:
         else:
             factor = min(1.0, o.clip / (norm + 1e-6)) if o.clip else 1.0
             self.saver.settle()
-            clamped = self.optimizer.step(lr, factor / o.grad_accum)
+            clamped = net.update(self.optimizer, lr, factor / o.grad_accum)
             self.train_loss, self.moved, self.where = loss, True, ""
         if math.isfinite(loss):
             self.scale.update(finite)
@@ -407,7 +409,8 @@ class Trainer:
         step_ms = (now - start) * 1e3
         self.step_ms.append(step_ms)
         tokens_done = o.batch * o.grad_accum * self.config.seq_len
-        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "dashboard": self.ui_ms}
+        optimizer_ms = net.ms.get("optimizer", 0.0) + (now - begin) * 1e3
+        ms = {"data": data_ms, **net.ms, "optimizer": optimizer_ms, "dashboard": self.ui_ms}
         elapsed = now - self._begin
         return StepDone(
             step=self.step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=bool(why),
@@ -467,6 +470,7 @@ class Trainer:
         from anert.sampler import Sampler
 
         start = time.perf_counter()
+        self.net.settle()
         settings = Sampler(temperature=0.8, top_k=50, seed=self.options.seed)
         told = tell(
             self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, Limits(max_tokens, seconds)
@@ -476,6 +480,7 @@ class Trainer:
 
     def _finish(self, reason: str) -> Iterator[Event]:
         self.ended = True
+        self.net.settle()
         yield from self._saved(wait=True)
         if reason != "diverged" and self.step > self.saved_step:
             if reason != "interrupted":
