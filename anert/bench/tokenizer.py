@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from anert.bench.measure import Case as Timed
+from anert.bench.options import BenchOptions
 from anert.errors import AnertError, InputError
 from anert.events import Event, Progress
 from anert.tokenizer import ByteBPETokenizer, LlamaTokenizer, Tokenizer
@@ -32,6 +34,34 @@ PIECE = 1 << 16
 """Characters of a text that a run encodes at a time: documents of a book's chapter, for every tokenizer alike."""
 
 Ids = list[list[int]]
+
+
+def cases(_name: str, options: BenchOptions) -> list[Timed]:
+    """`anert bench tokenizer --data TEXT`: one tokenizer of each kind, learnt from the text, beside its peers."""
+    if not options.data:
+        raise InputError("bench tokenizer needs an English text of some megabytes: --data FILE")
+    texts = english(options.data)
+    notes = {"threads": 1, "isa": "", "text_mb": round(megabytes(texts), 3)}
+    return [
+        Timed(case.name, case.run, "MB/s", megabytes(texts), baseline=case.baseline, notes=notes)
+        for tokenizer in trained(texts)
+        for case in beside_peers(tokenizer, texts)
+    ]
+
+
+def english(path: Path | str) -> list[str]:
+    """The text to measure on, in pieces."""
+    from anert.data.corpus import checked
+    from anert.data.text import Source
+
+    text = "".join(piece for piece, _ in checked(Source(str(path))).pieces())[:LARGEST_TEXT]
+    if not text:
+        raise InputError(f"{path}: no text in it, only whitespace")
+    return [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
+
+
+def megabytes(texts: Sequence[str]) -> float:
+    return sum(len(t.encode()) for t in texts) / 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +82,8 @@ def benchmark(
     the ratio of medians to the baseline's. Raises InputError without a text or without a peer's package, AnertError
     where a peer's ids are others.
     """
-    from anert.data.corpus import checked
-    from anert.data.text import Source
-
-    text = "".join(piece for piece, _ in checked(Source(str(path))).pieces())[:LARGEST_TEXT]
-    texts = [text[i : i + PIECE] for i in range(0, len(text), PIECE)]
-    if not texts:
-        raise InputError(f"{path}: no text in it, only whitespace")
-    amount = sum(len(t.encode()) for t in texts) / 1e6
+    texts = english(path)
+    amount = megabytes(texts)
     cases = [case for tokenizer in tokenizers or trained(texts) for case in beside_peers(tokenizer, texts)]
     seconds: list[list[float]] = [[] for _ in cases]
     for turn in range(rounds):
