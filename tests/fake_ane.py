@@ -200,10 +200,13 @@ class FakeAne:
         assert found, f"no violation matches {pattern!r}: {self.violations()}"
         self._forgiven.append(pattern)
 
+    def temporary_directory(self) -> Path:
+        """NSTemporaryDirectory()."""
+        return Path(self.ffi.string(self.lib.fake_temporary_directory()).decode())
+
     def staged(self) -> list[str]:
         """Staging directories of this process."""
-        folder = Path(self.ffi.string(self.lib.fake_temporary_directory()).decode())
-        return sorted(p.name for p in folder.glob(f"{os.getpid():08X}*"))
+        return sorted(p.name for p in self.temporary_directory().glob(f"{os.getpid():08X}*"))
 
     def check(self) -> None:
         """All that must hold when everything has been freed."""
