@@ -29,6 +29,7 @@ anert trains and runs models written as plugins, on Apple's Neural Engine or on 
 VERBS = {
     "run": ("train a plugin's model, sample from it, or run a command of its own", "run"),
     "sample": ("write text with a trained model", "sample"),
+    "eval": ("loss, perplexity and bits per byte of a trained model on a text", "evaluate"),
     "tokenize": ("texts to token files: JSON lines, gzip, shards, many processes", "tokenize"),
     "tokenizer": ("train a tokenizer, or show what one is", "tokenizer"),
     "plugins": ("list plugins: those given by path, and the installed ones", "plugins"),
@@ -65,10 +66,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _fail(text: str, code: int, as_json: bool) -> int:
+    dist = sys.modules.get("anert.dist")  # loaded by what may run as one of several processes
     line = " ".join(text.split())
-    print(f"anert: {line}", file=sys.stderr)
+    print(f"anert: {dist.label() if dist else ''}{line}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": line, "exit_code": code}))
+    if dist:
+        dist.leave(code)
     return code
 
 
