@@ -38,7 +38,13 @@ from anert.mil.text import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "tests" / "fake_apple"
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+SANITIZE = (
+    "-fsanitize=address,undefined",
+    "-shared-libasan",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-g",
+)
 DEFAULTS = {"compile_limit": 119, "load_limit": 128, "max_inputs": 8, "width_multiple": 16, "evaluate_us": 60}
 
 
