@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anert.errors import AnertError, InputError, NonFiniteError
-from anert.events import Event, Notice, RunDone, RunStarted, Sampled, Saved, StepDone, Validated
+from anert.events import Event, Notice, Progress, RunDone, RunStarted, Sampled, Saved, StepDone, Validated
 from anert.health import Health
 from anert.waiting import waited
 
@@ -462,12 +462,16 @@ class Trainer:
         """Mean loss over the fixed validation windows; the best one so far is saved as `best`."""
         start, o, world = time.perf_counter(), self.options, self.world
         total, count, number, n = 0.0, 0.0, 0, self.net.n
+        whole, told = o.eval_tokens or self.data.dataset.val_tokens, start
         for tokens, targets in self.data.dataset.val_windows(o.batch, o.eval_tokens):
             for at in range(0, tokens.size, n):
                 if number % world.size == world.rank:
                     loss, counted = self.net.loss(tokens[at : at + n], targets[at : at + n])
                     total, count = total + loss * counted, count + counted
                 number += 1
+                if time.perf_counter() - told > 0.5:
+                    told = time.perf_counter()
+                    yield Progress("validate", min(number * n, whole), whole, "tokens")
         total, count = world.sum([total, count])
         if world.size > 1:
             world.require_equal("weights", hashlib.sha256(self.store.master.data).hexdigest())
