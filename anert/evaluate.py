@@ -44,7 +44,7 @@ def evaluate(
     from anert.network import Network
     from anert.param import ParamStore
     from anert.runtime import Runtime
-    from anert.train import waited
+    from anert.waiting import waited
 
     model, tensors, vocabulary = open_model(plugin, Path(checkpoint), tokenizer)
     with tempfile.TemporaryDirectory(prefix="anert-eval-") as cache:

@@ -63,7 +63,9 @@ class RunStarted(Event):
     memory_bytes: int
     """Estimate of what the run needs."""
     peak_gflops: float
-    """Measured on this machine at this precision; 0 where it was not measured."""
+    """Measured on this machine at this precision, times the ranks; 0 where it was not measured."""
+    ranks: int = 1
+    """Processes that share the run; `threads` are those of each."""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,6 +93,8 @@ class StepDone(Event):
     """Largest magnitude on the residual stream in this step."""
     clamped: int = 0
     """Weights that were clamped to +-65504 when written as fp16."""
+    rank_ms: tuple[float, ...] = ()
+    """Of several ranks: how long each took to its gradients; who waits for whom."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,11 @@ class Network:
     """
 
     def __init__(self, runtime: Runtime, model: Decoder, store: ParamStore, seq_len: int, batch: int, train: bool,
-                 on_compile: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
+                 on_compile: Callable[[int, int], None] | None = None,
+                 on_grads: Callable[[int], None] | None = None) -> None:  # fmt: skip
+        """on_grads(offset): called in a backward pass when it has added all that it will from element `offset` of the
+        store's gradients on."""
+        self.on_grads = on_grads
         self.runtime, self.model, self.store = runtime, model, store
         self.seq_len, self.batch, self.n, self.train = seq_len, batch, seq_len * batch, train
         self.layers = model.config.n_layers if model.blocks else 0
@@ -183,9 +188,17 @@ class Network:
             for k in block.backward:
                 tasks += self._bind("backward", k, env, block, layer, key)
             tasks += self._bind_recipes(block, layer, env)
+            if self.on_grads is not None and j == 0:
+                tasks.append(self._grads_task(self.on_grads, layer))
             dout = env["cot_x"]
         self.dx0 = dout
         return [*tasks, Task("head", HOST, self._run_embed_backward, (dout.surface,), (self.head.embedding,))]
+
+    def _grads_task(self, on_grads: Callable[[int], None], layer: int) -> Task:
+        """Says that the layer's gradients, and those behind them in the store, are added."""
+        names = [name for name in self.store if name.startswith(f"layers.{layer}.")]
+        offset = min(self.store.offsets[name] for name in names)
+        return Task("allreduce", HOST, partial(on_grads, offset), tuple(self.store[name] for name in names))
 
     def _head_task(self, run: Callable[[], None], train: bool = False) -> Task:
         writes: tuple[Any, ...] = (self.head,)

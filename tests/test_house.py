@@ -21,6 +21,7 @@ NATIVE = sorted(p for p in (ROOT / "native").rglob("*") if p.suffix in (".c", ".
 
 LAYERS = (
     ("errors", "capabilities", "events", "files", "plot"),
+    ("waiting",),
     ("ffi",),
     ("surface",),
     ("mil.graph",),

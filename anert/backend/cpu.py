@@ -22,8 +22,10 @@ from anert.backend.base import Backend, Binding, Chain, Port, Program, ProgramSt
 from anert.backend.emit import Emitted, Emitter
 from anert.backend.fuse import Fuser, prune, retarget
 from anert.backend.lower import Lowering, OpLowering
+from anert.backend.nodes import Graph
+from anert.backend.tiles import DIMS
 from anert.capabilities import CPU, Capabilities
-from anert.errors import CompileError, InputError, StateError
+from anert.errors import CompileError, InputError, StateError, UnsupportedError
 from anert.ffi import Pool, call, error, load
 from anert.mil.graph import Function
 from anert.surface import Heap, Hold, Surface
@@ -209,15 +211,20 @@ class CpuBackend(Backend):
 
     def compile_function(self, function: Function) -> CpuProgram:
         """The Program of a Function without a way through text. Not counted, not cached."""
-        lowering = Lowering(function, self.precision)
-        graph = lowering.run(lowerings())
+        try:
+            graph, emitted = self._plan(function)
+        except UnsupportedError:  # a fused program over more dims than a step has: fuse less
+            graph, emitted = self._plan(function, DIMS)
+        return CpuProgram(function, emitted, graph.counters, self.pool, self.slot)
+
+    def _plan(self, function: Function, max_dims: int = 64) -> tuple[Graph, Emitted]:
+        graph = Lowering(function, self.precision).run(lowerings())
         prune(graph)
         retarget(graph)
-        units = Fuser(graph, self.fuse).run()
+        units = Fuser(graph, self.fuse, max_dims).run()
         if self.fuse:
             units = Finder(units).run()
-        emitted = Emitter(graph, units, self.precision).run()
-        return CpuProgram(function, emitted, graph.counters, self.pool, self.slot)
+        return graph, Emitter(graph, units, self.precision).run()
 
     def chain(self, bindings: Sequence[Binding]) -> Binding:
         return CpuChain(bindings, self.pool, self.slot)

@@ -66,10 +66,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _fail(text: str, code: int, as_json: bool) -> int:
+    dist = sys.modules.get("anert.dist")  # loaded by what may run as one of several processes
     line = " ".join(text.split())
-    print(f"anert: {line}", file=sys.stderr)
+    print(f"anert: {dist.label() if dist else ''}{line}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": line, "exit_code": code}))
+    if dist:
+        dist.leave(code)
     return code
 
 

@@ -31,9 +31,15 @@ def read(path: Path) -> Pretrained:
     return model
 
 
-def write(path: Path, model: Pretrained, plugin: str = "stories") -> None:
+def write(path: Path, model: Pretrained, plugin: str = "") -> None:
     """A run directory of one step, its weights in float32, without optimizer state: to sample from, or to `--init` a
     run with."""
     tensors = {name: model.tensors[name].astype("f4", copy=False) for name in model.tensors}
-    state = {"plugin": plugin, "preset": "", **model.about, "config": model.config, "source": model.format}
+    known = model.about if model.format == "anert" else {}
+    state = {
+        "plugin": plugin or known.get("plugin", "stories"),
+        "preset": known.get("preset", ""),
+        "config": model.config,
+        "source": {"format": model.format, **model.about},
+    }
     checkpoint.save(path, max(model.step, 0), tensors, {}, state, model.tokenizer() if model.tokenizer else None)
