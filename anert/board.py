@@ -100,6 +100,7 @@ class Board:
             case ev.Progress():
                 s.busy = f"{event.task}: {progress_text(event)}"
             case ev.Validated():
+                s.busy = ""
                 if math.isfinite(event.loss):
                     self._points.append((event.step, event.loss))
                     if event.best or s.best is None:

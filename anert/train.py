@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from anert.errors import AnertError, InputError, NonFiniteError
-from anert.events import Event, Notice, RunDone, RunStarted, Sampled, Saved, StepDone, Validated
+from anert.events import Event, Notice, Progress, RunDone, RunStarted, Sampled, Saved, StepDone, Validated
 from anert.health import Health
 from anert.waiting import waited
 
@@ -239,6 +239,7 @@ class Trainer:
         if self.saved_path and not self.out.is_dir():
             yield Notice("warning", f"{self.out} has vanished with the checkpoints in it: made anew")
         self.saving_best, self.retry_at = self.best_val, math.inf
+        self.net.settle()
         self.saver.save(self.step, self.state(), best)
         self.due_step = self.step
 
@@ -281,6 +282,7 @@ class Trainer:
         if told["error"]:
             raise NonFiniteError(told["error"])
         skipped, again, trained_s = self.skipped, self.rolled_back + 1, self.trained_s
+        self.net.settle()
         if found is not None:
             self.store.load(found.model)
         self._restore(told["place"], found)
@@ -389,7 +391,7 @@ class Trainer:
         else:
             factor = min(1.0, o.clip / (norm + 1e-6)) if o.clip else 1.0
             self.saver.settle()
-            clamped = self.optimizer.step(lr, factor / parts)
+            clamped = net.update(self.optimizer, lr, factor / parts)
             self.train_loss, self.moved, self.where = loss, True, ""
         if math.isfinite(loss):
             self.scale.update(finite)
@@ -398,7 +400,8 @@ class Trainer:
         step_ms = (now - start) * 1e3
         self.step_ms.append(step_ms)
         tokens_done = o.batch * o.grad_accum * self.config.seq_len
-        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "dashboard": self.ui_ms}
+        optimizer_ms = net.ms.get("optimizer", 0.0) + (now - begin) * 1e3
+        ms = {"data": data_ms, **net.ms, "optimizer": optimizer_ms, "dashboard": self.ui_ms}
         elapsed = now - self._begin
         return StepDone(
             step=self.step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=bool(why),
@@ -461,13 +464,18 @@ class Trainer:
     def _validate(self) -> Iterator[Event]:
         """Mean loss over the fixed validation windows; the best one so far is saved as `best`."""
         start, o, world = time.perf_counter(), self.options, self.world
+        self.net.settle()
         total, count, number, n = 0.0, 0.0, 0, self.net.n
+        whole, told = o.eval_tokens or self.data.dataset.val_tokens, start
         for tokens, targets in self.data.dataset.val_windows(o.batch, o.eval_tokens):
             for at in range(0, tokens.size, n):
                 if number % world.size == world.rank:
                     loss, counted = self.net.loss(tokens[at : at + n], targets[at : at + n])
                     total, count = total + loss * counted, count + counted
                 number += 1
+                if time.perf_counter() - told > 0.5:
+                    told = time.perf_counter()
+                    yield Progress("validate", min(number * n, whole), whole, "tokens")
         total, count = world.sum([total, count])
         if world.size > 1:
             world.require_equal("weights", hashlib.sha256(self.store.master.data).hexdigest())
@@ -489,6 +497,7 @@ class Trainer:
         from anert.sampler import Sampler
 
         start = time.perf_counter()
+        self.net.settle()
         settings = Sampler(temperature=0.8, top_k=50, seed=self.options.seed)
         told = tell(
             self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, Limits(max_tokens, seconds)
@@ -498,6 +507,7 @@ class Trainer:
 
     def _finish(self, reason: str) -> Iterator[Event]:
         self.ended = True
+        self.net.settle()
         yield from self._saved(wait=True)
         (moved,) = self.world.sum([self.world.rank == 0 and self.step > self.saved_step])
         if reason != "diverged" and moved:

@@ -187,6 +187,42 @@ def test_a_slow_rank_is_waited_for(text, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+# ---- two machines
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    if not ranks.namespaces():
+        pytest.skip("two network namespaces need root")
+    with ranks.Hosts(tmp_path) as found:
+        yield found
+
+
+def test_two_hosts_have_the_bits_of_two_processes(hosts, text, two, tmp_path):
+    done = ranks.run(2, "run", *options(text, tmp_path / "run"), hosts=hosts, env=hosts.env)
+    assert done.returncode == 0, done.stderr
+    assert bits(tmp_path / "run") == bits(two[0])
+
+
+def test_a_cut_wire_ends_the_job(hosts, text, tmp_path):
+    out = tmp_path / "run"
+    process = ranks.start(2, "run", *options(text, out, steps=100_000), hosts=hosts, env=hosts.env)
+    deadline = time.monotonic() + 60
+    while not checkpoint_there(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    hosts.cut()
+    start = time.monotonic()
+    said, err = process.communicate(timeout=120)
+    assert time.monotonic() - start < ENDS_WITHIN_S, err
+    assert process.returncode != 0
+    assert "rank 1 was not heard for" in said + err and f"go on from it by --resume {out}" in said + err
+    step = checkpoint.load(out).step
+    assert main(["run", *options(text, out, init="resume", steps=step + 2, grad_accum=4)]) == 0
+    assert checkpoint.load(out).step == step + 2
+
+
+# ---- bad input
+
 BAD = {
     "shares": (dict(grad_accum=3, batch=3), 2, "2 ranks share a step of --batch 3 and --grad-accum 3"),
     "data": (dict(data="nowhere.txt"), 2, "nowhere.txt"),
