@@ -63,7 +63,7 @@ ONLY = {
 }
 """Top-level modules that only these modules of anert may import."""
 
-C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head", "decode")
+C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head", "decode", "bench")
 """Modules that may name a function of the native library (`lib.anert_...`)."""
 
 

@@ -38,6 +38,7 @@ VERBS = {
     "new": ("write a model plugin that trains as it stands", "new"),
     "verify": ("prove that an interrupted run goes on bit for bit", "verify"),
     "doctor": ("look at this machine, and probe its Neural Engine", "doctor"),
+    "bench": ("measure, side by side, what this machine does", "bench"),
     "lint": ("check MIL text, or a plugin's kernels, against the Neural Engine's published constraints", "lint"),
 }
 """verb -> (what it does, module of anert.cli), in the order that --help lists them."""
