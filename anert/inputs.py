@@ -102,8 +102,9 @@ def open_weights(
 def plugin_of(path: Path) -> str:
     """Name of the plugin that trained a checkpoint; `stories`, whose model is Llama's, for another program's file."""
     from anert import checkpoint
+    from anert.formats import run_dir
 
-    if path.is_dir() or path.name in ("last", "best"):
+    if path.name in ("last", "best") or (path.is_dir() and run_dir.sniff(path)):
         return str(checkpoint.load(path).state.get("plugin", "stories"))
     return "stories"
 
