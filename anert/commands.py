@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from anert import events as ev
+from anert.dist import world
 from anert.errors import InputError
 from anert.options import Job
 from anert.plugin import Plugin
@@ -61,8 +62,14 @@ class Stop:
 def train(job: Job, *, ui: str | None = None, log: Path | None = None, as_json: bool = False) -> int:
     """Train, show and log; returns the exit code. With `as_json` the summary is stdout's last line."""
     trainer: Callable[..., Iterator[ev.Event]] = job.plugin.train_with or _engine("train", "train")
-    view = open_ui(ui, sys.stderr if as_json else sys.stdout)
-    stop, events = Stop(view), EventLog(log)
+    ranks = world()
+    if ranks.size > 1 and job.plugin.train_with:
+        raise InputError(
+            f"plugin {job.plugin.name!r} brings its own trainer, which runs as one process: leave out mpiexec"
+        )
+    shown = ranks.rank == 0  # the other ranks train, and rank 0 tells
+    view = open_ui(ui, sys.stderr if as_json else sys.stdout) if shown else Off()
+    stop, events = Stop(view), EventLog(log if shown else Path(os.devnull))
     try:
         with stop.installed():
             done = follow(
@@ -71,7 +78,8 @@ def train(job: Job, *, ui: str | None = None, log: Path | None = None, as_json: 
     finally:
         view.close()
         events.close()
-    if as_json:
+    ranks.close()
+    if as_json and shown:
         sys.stdout.write(dumps({"reason": done.reason, **done.summary}) + "\n")
         sys.stdout.flush()
     return EXIT_CODES.get(done.reason, 1)

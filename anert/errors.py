@@ -75,3 +75,9 @@ class NonFiniteError(AnertError):
 
 class DoesNotFit(InputError):
     """Memory or disk that a run would need exceeds what the machine grants; the message has both figures."""
+
+
+class ImplausibleError(AnertError):
+    """A measured figure that no machine can reach: a bug, not a result."""
+
+    exit_code = 3

@@ -63,13 +63,19 @@ class RunStarted(Event):
     memory_bytes: int
     """Estimate of what the run needs."""
     peak_gflops: float
-    """Measured on this machine at this precision; 0 where it was not measured."""
+    """Measured on this machine at this precision, times the ranks; 0 where it was not measured."""
+    ranks: int = 1
+    """Processes that share the run; `threads` are those of each."""
     options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Event):
-    """One optimizer step. `ms` splits `step_ms` into report.PARTS: data, forward, head, backward, ..., dashboard."""
+    """One optimizer step. `ms` splits `step_ms` into report.PARTS: data, forward, head, backward, ..., dashboard.
+
+    Where engine and host work side by side, the parts together exceed `step_ms` by `ms["overlapped"]`. An update of
+    weights that goes along with the next step's forward counts there.
+    """
 
     step: int
     loss: float
@@ -91,6 +97,8 @@ class StepDone(Event):
     """Largest magnitude on the residual stream in this step."""
     clamped: int = 0
     """Weights that were clamped to +-65504 when written as fp16."""
+    rank_ms: tuple[float, ...] = ()
+    """Of several ranks: how long each took to its gradients; who waits for whom."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,3 +168,18 @@ class Told(Event):
     def decode_tokens_per_s(self) -> float:
         """Of the tokens behind the first: that one comes from the prefill."""
         return (self.tokens - 1) / self.decode_ms * 1e3 if self.tokens > 1 and self.decode_ms else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated(Event):
+    """Loss (nats) of a model on a text, with its 95 % interval (NaN from a single window)."""
+
+    loss: float
+    loss_low: float
+    loss_high: float
+    perplexity: float
+    bits_per_byte: float
+    """NaN where the predicted ids stand for no text."""
+    tokens: int
+    bytes: int
+    windows: int

@@ -20,6 +20,7 @@ from anert.files import publish
 if TYPE_CHECKING:
     from anert.checkpoint import Checkpoint
     from anert.data import TokenDataset
+    from anert.dist import World
     from anert.model import Decoder
     from anert.param import Spec
     from anert.plugin import Plugin, Preset
@@ -101,8 +102,9 @@ def open_weights(
 def plugin_of(path: Path) -> str:
     """Name of the plugin that trained a checkpoint; `stories`, whose model is Llama's, for another program's file."""
     from anert import checkpoint
+    from anert.formats import run_dir
 
-    if path.is_dir() or path.name in ("last", "best"):
+    if path.name in ("last", "best") or (path.is_dir() and run_dir.sniff(path)):
         return str(checkpoint.load(path).state.get("plugin", "stories"))
     return "stories"
 
@@ -161,7 +163,7 @@ def open_data(
     """Yields progress; returns the Data: tokenizer found or trained, text written or read, tokenized, mapped."""
     from anert import data
     from anert.tokenizer import load_tokenizer
-    from anert.train import waited
+    from anert.waiting import waited
 
     cache = out / "data"
     if options.data:
@@ -195,8 +197,73 @@ def open_data(
     return Data(dataset, tokenizer, f"{tokenizer.kind} {tokenizer.vocab_size} ({name})", source.name, config)
 
 
+@dataclass(slots=True)
+class Inputs:
+    """What a run starts from. Weights of a rank other than 0 have neither tensors nor checkpoint: they are sent."""
+
+    out: Path
+    data: Data
+    weights: Weights
+    resumed: dict[str, Any] | None = None
+    """Of a resumed run: `path`, `step` and `state` of its checkpoint."""
+
+
+def open_inputs(
+    plugin: Plugin, preset: Preset, config: Any, options: TrainOptions, world: World
+) -> Generator[Event, None, Inputs]:
+    """Rank 0 finds, makes or reads everything; the others get from it what they do not have. `data.config` is the
+    model's."""
+    found: Inputs | None = None
+    if world.rank == 0:
+        out = run_dir(plugin.name, preset.name, options)
+        weights = yield from open_weights(plugin, preset, config, options, out)
+        preset.model(weights.config)  # refuses what cannot be before anything is written
+        data = yield from open_data(plugin, preset, weights.config, options, out, weights)
+        found = Inputs(out, data, weights, place_of(weights.checkpoint))
+    return found if found is not None and world.size == 1 else _shared(world, found, config)
+
+
+def place_of(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    """What a rank without the checkpoint needs of it: `path`, `step`, `state`."""
+    if checkpoint is None:
+        return None
+    return {"path": str(checkpoint.path), "step": checkpoint.step, "state": checkpoint.state}
+
+
+def _shared(world: World, mine: Inputs | None, config: Any) -> Inputs:
+    """Rank 0's inputs on every rank."""
+    from anert.data import TokenDataset
+    from anert.tokenizer import load_tokenizer
+
+    told = vocabulary = None
+    if mine is not None:
+        d = mine.data
+        val = d.dataset.held_out
+        told = {
+            "out": str(mine.out), "config": dataclasses.asdict(d.config), "resumed": mine.resumed, "name": d.name,
+            "val": float(val) if isinstance(val, (int, float)) else "", "tokenizer_name": d.tokenizer_name,
+            "label": d.dataset.name, "hash": d.dataset.tokenizer_hash,
+        }  # fmt: skip
+        vocabulary = mine.out / "data" / f"tokenizer-of-ranks{d.tokenizer.suffix}"
+        with _writing(vocabulary.parent):
+            d.tokenizer.save(vocabulary)
+    told = world.share(told)
+    cache = Path(told["out"]) / "data"
+    vocabulary = world.share_file(vocabulary, cache)
+    tokens = world.share_file(mine.data.dataset.path if mine else None, cache)
+    held_out: Any = told["val"]
+    if held_out == "":
+        held_out = world.share_file(Path(str(mine.data.dataset.held_out)) if mine else None, cache)
+    if mine is not None:
+        return mine
+    config = _follow(config, told["config"], Path(told["out"]))
+    dataset = TokenDataset(tokens, config.seq_len, held_out, config.vocab_size, told["hash"], told["label"])
+    data = Data(dataset, load_tokenizer(vocabulary), told["tokenizer_name"], told["name"], config)
+    return Inputs(Path(told["out"]), data, Weights(config), told["resumed"])
+
+
 def _own_corpus(plugin: Plugin, preset: Preset, options: TrainOptions, cache: Path) -> Generator[Event, None, Path]:
-    from anert.train import waited
+    from anert.waiting import waited
 
     name = preset.dataset or next(iter(plugin.datasets), "")
     if not name:
@@ -225,7 +292,7 @@ def _own_tokenizer(source: Path, vocab_size: int, cache: Path) -> Generator[Even
     """A byte-level BPE trained on the text, kept in the run's cache."""
     from anert import data
     from anert.tokenizer import ByteBPETokenizer, load_tokenizer
-    from anert.train import waited
+    from anert.waiting import waited
 
     path = cache / "tokenizer.json"
     if not path.exists():

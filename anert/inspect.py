@@ -67,13 +67,17 @@ def _tensors(path: Path) -> dict[str, Any]:
 
 def _tokens(path: Path) -> dict[str, Any]:
     from anert import data
+    from anert.formats import llama2c
 
     if path.is_dir():
         return {}
     if (kind := data.sniff(path)) == "text":
         return {}
-    if kind == "raw" and _tokenizer(path):  # a binary tokenizer is no token file
-        return {}
+    if kind == "raw":  # which anything may be
+        if _tokenizer(path):
+            return {}
+        if why := llama2c.nearly(path, _starts(path, llama2c.HEADER.size)):
+            raise InputError(why)
     found = data.open_tokens(path)
     titles = {
         "anert": "anert token file",

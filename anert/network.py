@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from anert.ffi import call
 from anert.head import Head
 from anert.kernel import Kernel, Slot, round_up
 from anert.model import Decoder
+from anert.optim import Optimizer
 from anert.param import Param, ParamStore
 from anert.runtime import Runtime
 from anert.schedule import ENGINE, HOST, Schedule, Task
@@ -72,7 +74,11 @@ class Network:
     """
 
     def __init__(self, runtime: Runtime, model: Decoder, store: ParamStore, seq_len: int, batch: int, train: bool,
-                 on_compile: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
+                 on_compile: Callable[[int, int], None] | None = None,
+                 on_grads: Callable[[int], None] | None = None) -> None:  # fmt: skip
+        """on_grads(offset): called in a backward pass when it has added all that it will from element `offset` of the
+        store's gradients on."""
+        self.on_grads = on_grads
         self.runtime, self.model, self.store = runtime, model, store
         self.seq_len, self.batch, self.n, self.train = seq_len, batch, seq_len * batch, train
         self.layers = model.config.n_layers if model.blocks else 0
@@ -144,11 +150,16 @@ class Network:
         self._scratch: dict[tuple[Any, ...], Surface] = {}
         self.x = [self._dense("x")]
         self.dx = self._dense("dx")
-        envs, forward = self._forward_tasks()
+        envs, blocks = self._forward_tasks()
+        forward = [task for tasks in blocks for task in tasks]
         self._forward = self._schedule(forward)
         self._loss = self._schedule([*forward, self._head_task(self._run_loss)])
+        self._due: dict[str, Optimizer] = {}
+        self._unclear: set[str] = set()
         if self.train:
             backward = self._backward_tasks(envs)
+            if self.runtime.engine:
+                forward = self._with_updates(blocks)
             self._training = self._schedule([*forward, self._head_task(self._run_loss_backward, train=True), *backward])
         self._plain = [p for name, p in store.items() if self.train and name not in self._gemm_params]
 
@@ -159,20 +170,41 @@ class Network:
         """Sets of scratch that layers take turns at: two where a block feeds itself, or recipes lag behind."""
         return 2 if len(self._blocks) == 1 or self.runtime.engine else 1
 
-    def _forward_tasks(self) -> tuple[list[dict[str, Location]], list[Task]]:
-        """Embedding and blocks; and for each of these what it reads and makes, by name."""
-        tasks = [Task("head", HOST, self._run_embed, (), (self.x[0].surface,))]
+    def _forward_tasks(self) -> tuple[list[dict[str, Location]], list[list[Task]]]:
+        """For each block what it reads and makes, by name; and the tasks of the embedding and of each block."""
+        tasks = [[Task("head", HOST, self._run_embed, _copies(self.head.embedding), (self.x[0].surface,))]]
         envs: list[dict[str, Location]] = []
         turns = 2 if len(self._blocks) == 1 else 1
         for i in range(self.layers * len(self._blocks)):
             layer, j = divmod(i, len(self._blocks))
             block, env = self._blocks[j], {"x": self.x[-1]}
             keep: tuple[Any, ...] | None = None if self.train else ("forward", j, layer % turns)
-            for k in block.forward:
-                tasks += self._bind("forward", k, env, block, layer, keep)
+            tasks.append([t for k in block.forward for t in self._bind("forward", k, env, block, layer, keep)])
             self.x.append(env["y"])
             envs.append(env)
         return envs, tasks
+
+    def _with_updates(self, blocks: list[list[Task]]) -> list[Task]:
+        """Embedding and blocks, each behind the updates of the Params that it reads, where an optimizer's step is due;
+        the host goes ahead with those of later blocks while the engine is at an earlier one."""
+        n, left = len(self._blocks), list(self.store)
+        tasks: list[Task] = []
+        for i, chunk in enumerate(blocks):
+            layer, j = divmod(i - 1, n) if i else (0, 0)
+            read = [f"layers.{layer}.{p}" for p in self._blocks[j].params] if i else [self.head.embedding.name]
+            tasks += [self._update_task(self.store[name]) for name in read if name in left]
+            tasks += chunk
+            left = [name for name in left if name not in read]
+        return [*tasks, *(self._update_task(self.store[name]) for name in left)]
+
+    def _update_task(self, p: Param) -> Task:
+        def run() -> None:
+            if p.name in self._due:
+                self._due.pop(p.name).apply(p)
+            if p.name in self._unclear:
+                self._clear(p)
+
+        return Task("optimizer", HOST, run, (), (p, *_copies(p)), locks=True)
 
     def _backward_tasks(self, envs: list[dict[str, Location]]) -> list[Task]:
         tasks: list[Task] = []
@@ -184,15 +216,23 @@ class Network:
             for k in block.backward:
                 tasks += self._bind("backward", k, env, block, layer, key)
             tasks += self._bind_recipes(block, layer, env)
+            if self.on_grads is not None and j == 0:
+                tasks.append(self._grads_task(self.on_grads, layer))
             dout = env["cot_x"]
         self.dx0 = dout
         return [*tasks, Task("head", HOST, self._run_embed_backward, (dout.surface,), (self.head.embedding,))]
+
+    def _grads_task(self, on_grads: Callable[[int], None], layer: int) -> Task:
+        """Says that the layer's gradients, and those behind them in the store, are added."""
+        names = [name for name in self.store if name.startswith(f"layers.{layer}.")]
+        offset = min(self.store.offsets[name] for name in names)
+        return Task("allreduce", HOST, partial(on_grads, offset), tuple(self.store[name] for name in names))
 
     def _head_task(self, run: Callable[[], None], train: bool = False) -> Task:
         writes: tuple[Any, ...] = (self.head,)
         if train:
             writes = (self.head, self.dx.surface, self.head.output, self.head.norm)
-        return Task("head", HOST, run, (self.x[-1].surface,), writes)
+        return Task("head", HOST, run, (self.x[-1].surface, *_copies(self.head.output), self.head.norm), writes)
 
     def _bind(self, kind: str, kernel: Kernel, env: dict[str, Location], block: BlockKernels, layer: int,
               shared: tuple[Any, ...] | None) -> list[Task]:  # fmt: skip
@@ -343,17 +383,48 @@ class Network:
         for p in self.store.values():
             p.squares = math.nan
         for p in self._plain:
-            assert p.grad is not None
-            p.grad.fill(0.0)
+            self._unclear.add(p.name)
+            if p.name not in self._due:
+                self._clear(p)
+
+    def _clear(self, p: Param) -> None:
+        assert p.grad is not None
+        p.grad.fill(0.0)
+        self._unclear.discard(p.name)
+
+    def update(self, optimizer: Optimizer, lr: float, grad_scale: float) -> int:
+        """A step of the optimizer; returns how many weights were clamped.
+
+        Where host and engine overlap it is only begun here, and the number is that of the step before: each Param is
+        updated in the next loss_backward, before the first block that reads it. What else reads or writes weights,
+        moments or gradients calls `settle` before.
+        """
+        self.settle()
+        if not self.train or not self._training.overlaps or type(optimizer).step is not Optimizer.step:
+            return optimizer.step(lr, grad_scale)
+        before = optimizer.clamped
+        optimizer.begin(lr, grad_scale)
+        self._due.update(dict.fromkeys(self.store, optimizer))
+        return before
+
+    def settle(self) -> None:
+        """Do what is still due of the last `update`."""
+        while self._due:
+            name, optimizer = self._due.popitem()
+            optimizer.apply(self.store[name])
+        for name in tuple(self._unclear):
+            self._clear(self.store[name])
 
     def forward(self, tokens: np.ndarray) -> Location:
         """Run the blocks on int32 token ids (n,); returns where the last hidden state (dim, n) lies."""
+        self.settle()
         self._step.tokens = tokens
         self._forward.run(self.ms)
         return self.x[-1]
 
     def loss(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, int]:
         """Mean cross-entropy (nats) of int32 targets (n,), -1 ignored, and how many counted."""
+        self.settle()
         step = self._step
         step.tokens, step.targets = tokens, targets
         self._loss.run(self.ms)
@@ -406,3 +477,8 @@ class Network:
         found = first_nonfinite(block.source, inputs)
         op = f"op {found[1]} ({found[2]})" if found else "its fp16 output port"
         return f"layer {layer}, block {block.name}, {op}"
+
+
+def _copies(p: Param) -> tuple[Surface, ...]:
+    """The surfaces that hold copies of a Param."""
+    return tuple(surface for surface, _ in p.placements)

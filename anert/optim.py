@@ -40,7 +40,7 @@ class Optimizer:
         for label, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0.0 <= beta < 1.0:
                 raise InputError(f"{label} must be in [0, 1), got {beta}")
-        self.store, self.t = store, 0
+        self.store, self.t, self.clamped = store, 0, 0
         self.weight_decay = weight_decay
         self.args = ffi.ffi.new("anert_adamw_args *", {"beta1": beta1, "beta2": beta2, "eps": eps})
         self._clamped = ffi.ffi.new("uint64_t *")
@@ -63,17 +63,25 @@ class Optimizer:
     def step(self, lr: float, grad_scale: float) -> int:
         """Update all Params with gradients times `grad_scale`; returns how many weights were clamped on their way to
         fp16."""
+        self.begin(lr, grad_scale)
+        for p in self.store.values():
+            self.apply(p)
+        return self.clamped
+
+    def begin(self, lr: float, grad_scale: float) -> None:
+        """Begin a step: every Param is then to be given to `apply` once, in any order."""
         self.t += 1
         a = self.args
         a.lr, a.grad_scale = lr, grad_scale
         a.bias1, a.bias2 = 1.0 - a.beta1**self.t, 1.0 - a.beta2**self.t
-        total = 0
-        for p in self.store.values():
-            a.weight_decay = self.weight_decay if p.spec.decay else 0.0
-            with p.writing():
-                self.update(p)
-            total += self._clamped[0]
-        return total
+        self.clamped = 0
+
+    def apply(self, p: Param) -> None:
+        """Update one Param in the step that has begun, and count in `clamped`."""
+        self.args.weight_decay = self.weight_decay if p.spec.decay else 0.0
+        with p.writing():
+            self.update(p)
+        self.clamped += self._clamped[0]
 
     def update(self, p: Param) -> None:
         raise NotImplementedError

@@ -19,8 +19,10 @@ from typing import Any, Protocol, TextIO
 from anert import events as ev
 from anert.errors import NativeError
 
-PARTS = ("forward", "head", "backward", "weight_grads", "optimizer", "sync", "data", "dashboard")
+PARTS = ("forward", "head", "backward", "weight_grads", "copy", "allreduce", "optimizer", "sync", "data", "dashboard")
 """The parts of a step in the order in which they run; StepDone.ms has them by name."""
+SOMETIMES = ("copy", "allreduce")
+"""Parts that only some runs have: between packed surfaces, between ranks."""
 
 
 class UI(Protocol):
@@ -169,11 +171,12 @@ class Plain(Off):
         rate = event.flops / event.step_ms * 1e3 if event.step_ms else 0.0
         peak = self._start.peak_gflops * 1e9 if self._start else 0.0
         share = f"  {rate / peak:4.0%} of peak" if peak else ""
-        skipped = "  skipped: gradients overflowed" if event.skipped else ""
+        skipped = "  skipped: not usable" if event.skipped else ""
+        ranks = f"  ranks {rank_text(event)}" if event.rank_ms else ""
         return [
             f"step {of}  loss {event.loss:7.4f}  lr {event.lr:.2e}  norm {event.grad_norm:6.2f}  "
             f"scale {event.loss_scale:<6g}  {event.step_ms:7.1f} ms  {count(event.tokens_per_s):>8} tok/s  "
-            f"{flops(rate):>13}{share}  left {clock(event.eta_s):>5}{skipped}"
+            f"{flops(rate):>13}{share}  left {clock(event.eta_s):>5}{ranks}{skipped}"
         ]
 
     def _waiting(self, event: ev.Progress) -> list[str]:
@@ -185,6 +188,12 @@ class Plain(Off):
             return []
         self._progress[event.task] = (now, quarter)
         return [f"{event.task}: {progress_text(event)}"]
+
+
+def rank_text(event: ev.StepDone) -> str:
+    """`12.3 14.0 ms`: what each rank took to its gradients; of more than eight the fastest and the slowest."""
+    ms = event.rank_ms if len(event.rank_ms) <= 8 else (min(event.rank_ms), max(event.rank_ms))
+    return f"{(' to ' if ms is not event.rank_ms else ' ').join(f'{x:.1f}' for x in ms)} ms"
 
 
 def progress_text(event: ev.Progress) -> str:
@@ -203,11 +212,12 @@ def amount(done: float, total: float, unit: str) -> str:
 def started_lines(event: ev.RunStarted) -> list[str]:
     """What is about to run, in a few aligned lines."""
     budget = f"{event.time_budget_s:g} s" if event.time_budget_s else "none"
+    ranks = f"{event.ranks} ranks of " if event.ranks > 1 else ""
     rows = [
         ("model", f"{event.plugin}:{event.preset}, {si(event.n_params)} parameters, {_config(event.config)}"),
         (
             "engine",
-            f"{event.backend} {event.precision} {event.isa}, {event.threads} threads, {event.layout} layout, "
+            f"{event.backend} {event.precision} {event.isa}, {ranks}{event.threads} threads, {event.layout} layout, "
             f"{event.kernels} kernels compiled in {event.compile_ms:.0f} ms "
             f"({event.compiles} of {event.compile_budget} compiles)",
         ),

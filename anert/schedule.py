@@ -34,6 +34,8 @@ class Task:
     reads: tuple[Hashable, ...] = ()
     writes: tuple[Hashable, ...] = ()
     evaluates: bool = False
+    locks: bool = False
+    """Whether `run` takes the locks that it needs itself."""
 
 
 @dataclass(slots=True)
@@ -111,7 +113,7 @@ class Schedule:
     @staticmethod
     def _guarded(task: Task) -> Callable[[], None]:
         """`task.run` between lock and unlock of the surfaces that want it."""
-        if task.evaluates:
+        if task.evaluates or task.locks:
             return task.run
         written = shared(task.writes)
         read = [s for s in shared(task.reads) if s not in written]

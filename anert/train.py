@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
-import queue
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from anert.errors import AnertError, InputError, NonFiniteError
 from anert.events import Event, Notice, Progress, RunDone, RunStarted, Sampled, Saved, StepDone, Validated
 from anert.health import Health
+from anert.waiting import waited
 
 if TYPE_CHECKING:
     from anert.checkpoint import Checkpoint
     from anert.plugin import Plugin
     from anert.saver import Saver
 
-T = TypeVar("T")
 SAMPLE_WIDTHS = (1, 32)
 """Programs for the samples during training: prompts are short."""
 RETRY_S = 30.0
@@ -91,36 +90,6 @@ class TrainOptions:
     """0: the backend's own."""
 
 
-def waited(task: str, unit: str, work: Callable[[Callable[[float, float], None]], T]) -> Generator[Event, None, T]:
-    """Run `work(progress)` in a thread and yield its progress(done, total) at most four times a second; returns its
-    result."""
-    ticks: queue.SimpleQueue[tuple[float, float] | None] = queue.SimpleQueue()
-    outcome: list[Any] = []
-    last = 0.0
-
-    def report(done: float, total: float) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > 0.25 or done >= total > 0:
-            last = now
-            ticks.put((done, total))
-
-    def run() -> None:
-        try:
-            outcome.extend((True, work(report)))
-        except BaseException as error:  # handed to the caller's thread below
-            outcome.extend((False, error))
-        ticks.put(None)
-
-    threading.Thread(target=run, name=f"anert-{task}", daemon=True).start()
-    while (tick := ticks.get()) is not None:
-        yield Progress(task, *tick, unit)
-    ok, result = outcome
-    if not ok:
-        raise result
-    return result
-
-
 class Trainer:
     """One run: prepares data and model, steps, validates, samples, saves. `run` is the generator that `train`
     returns."""
@@ -156,45 +125,52 @@ class Trainer:
     # ---- preparation
 
     def prepare(self) -> Iterator[Event]:
-        from anert.inputs import estimate_run, open_data, open_weights, run_dir
+        from anert.dist import portion, world
+        from anert.ffi import threads_granted
+        from anert.inputs import estimate_run, open_inputs
         from anert.param import ParamStore
         from anert.runtime import Runtime
         from anert.saver import Saver
 
         o = self.options
-        self.rt = Runtime(o.backend, o.precision, o.layout, o.threads, o.compile_budget)
+        self.world = world()
+        self.batch, self.accum = portion(o.batch, o.grad_accum, self.world.size)
+        threads = o.threads or (max(1, threads_granted() // self.world.local_size) if self.world.size > 1 else 0)
+        self.rt = Runtime(o.backend, o.precision, o.layout, threads, o.compile_budget)
+        self.world.require_equal("options", repr((self.plugin.name, self.config, o, self.rt.precision)))
         yield Notice("info", self.rt.note)
-        self.out = run_dir(self.plugin.name, self.preset.name, o)
-        weights = yield from open_weights(self.plugin, self.preset, self.config, o, self.out)
-        self.config = weights.config
-        self.preset.model(self.config)  # refuses what cannot be before anything is written or compiled
-        self._optimizer_kind()
-        self.data = yield from open_data(self.plugin, self.preset, self.config, o, self.out, weights)
-        self.config = self.data.config
+        self._optimizer_kind()  # refuses what cannot be before anything is written or compiled
+        inputs = yield from open_inputs(self.plugin, self.preset, self.config, o, self.world)
+        self.out, self.data, self.config = inputs.out, inputs.data, inputs.data.config
         self.model = self.preset.model(self.config)
         specs = self.model.specs()
         self.memory = estimate_run(self.rt, self.model, specs, o, self.out)
         self.store = ParamStore(self.rt.heap, self.rt.pool, specs, train=True)
-        if weights.tensors is None:
+        assert self.store.grads is not None
+        self.gradient_sum = self.world.gradient_sum(self.store.grads)
+        self.saver = Saver(self.store, self.out, self.data.tokenizer, o.keep)
+        if inputs.weights.tensors is None:
             self.store.initialise(o.seed)
         else:
-            self.store.load(weights.tensors)
+            self.store.load(inputs.weights.tensors)
         yield from self._networks()
         self._optimizer()
-        if weights.checkpoint is not None:
-            self._restore(weights.checkpoint)
-            self.batches.load_state_dict(weights.checkpoint.state["data"])
+        if inputs.resumed is not None:
+            self._restore(inputs.resumed, inputs.weights.checkpoint)
+            self.batches.load_state_dict(inputs.resumed["state"]["data"])
+        for flat in self.store.flats:
+            self.world.broadcast(flat)
         self.store.sync()
-        self.saver = Saver(self.store, self.out, self.data.tokenizer, o.keep)
 
     def _networks(self) -> Iterator[Event]:
         from anert.decode import Session
         from anert.network import Network
 
-        o, cfg = self.options, self.config
+        cfg = self.config
 
         def build(progress: Callable[[float, float], None]) -> tuple[Network, Session]:
-            train = Network(self.rt, self.model, self.store, cfg.seq_len, o.batch, True, progress)
+            ready = self.gradient_sum.ready if self.gradient_sum else None
+            train = Network(self.rt, self.model, self.store, cfg.seq_len, self.batch, True, progress, ready)
             return train, Session(self.rt, self.model, self.store, widths=SAMPLE_WIDTHS, on_compile=progress)
 
         self.net, self.sampler = yield from waited("compile kernels", "kernels", build)
@@ -214,7 +190,7 @@ class Trainer:
         self.optimizer = self._optimizer_kind()(self.store, o.beta1, o.beta2, o.eps, o.weight_decay)
         self.schedule = warmup_cosine(o.lr, o.min_lr, o.warmup, o.steps)
         self.scale = LossScale(o.loss_scale, o.scale_window)
-        self.batches = self.data.dataset.train_batches(o.batch, o.seed)
+        self.batches = self.data.dataset.train_batches(self.batch, o.seed, self.world.rank, self.world.size)
 
     # ---- state
 
@@ -229,11 +205,12 @@ class Trainer:
             "best_val": self.best_val,
         }  # fmt: skip
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        """Everything of a checkpoint but its weights and its place in the data."""
-        state = checkpoint.state
-        self.step = checkpoint.step
-        self.saved_step, self.saved_path = checkpoint.step, str(checkpoint.path)
+    def _restore(self, place: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+        """Everything of a checkpoint but its weights and its place in the data. place: its `path`, `step`, `state`;
+        checkpoint: None on ranks other than 0, which are sent the moments."""
+        state = place["state"]
+        self.step = self.saved_step = int(place["step"])
+        self.saved_path = place["path"]
         try:
             self.optimizer.t = int(state["optimizer_t"])
             self.scale.load_state_dict(state["scaler"])
@@ -242,23 +219,27 @@ class Trainer:
             self.trained_s = float(state["trained_s"])
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{checkpoint.path}: state.json does not say how to go on ({error}): --init {checkpoint.path} takes "
+                f"{self.saved_path}: state.json does not say how to go on ({error}): --init {self.saved_path} takes "
                 "its weights alone"
             ) from None
         for name in ("train_loss", "val_first", "val_loss", "best_val"):
             value = state.get(name)
             setattr(self, name, math.nan if value is None else float(value))
         self.best_on_disk = self.best_val
-        self.store.load_moments(checkpoint.optim)
+        if checkpoint is not None:
+            self.store.load_moments(checkpoint.optim)
 
     def save(self, best: bool = False) -> Iterator[Event]:
         """Begin a save; `_saved` tells what became of it. Weights under suspicion are not saved."""
+        if self.world.rank:
+            return
         yield from self._saved(wait=True)
         if self.health.suspect or self.sick:
             return
         if self.saved_path and not self.out.is_dir():
             yield Notice("warning", f"{self.out} has vanished with the checkpoints in it: made anew")
         self.saving_best, self.retry_at = self.best_val, math.inf
+        self.net.settle()
         self.saver.save(self.step, self.state(), best)
         self.due_step = self.step
 
@@ -286,32 +267,47 @@ class Trainer:
         yield Notice("warning", f"step {done.step} is not saved: {done.error}; {then}")
 
     def _roll_back(self) -> Iterator[Event]:
-        """Go back to the last good checkpoint, and on with the data that follow. NonFiniteError when that is no use.
+        """Go back to the last good checkpoint, and on with the data that follow. NonFiniteError when that is no use."""
+        from anert.inputs import place_of
 
-        A checkpoint from which no step was usable is not good: the next time the one before it is taken.
-        """
-        from anert import checkpoint
-
-        o = self.options
         yield from self._saved(wait=True)
         why = f"step {self.step}: {self.sick or f'{self.health.bad} steps in a row were not usable ({self.why})'}"
-        if self.rolled_back >= o.rollbacks or self.saved_step < 0:
+        found, error = None, ""
+        if self.world.rank == 0:
+            try:
+                found = self._way_back(why)
+            except AnertError as refused:
+                error = str(refused)
+        told = self.world.share({"error": error, "place": place_of(found)})
+        if told["error"]:
+            raise NonFiniteError(told["error"])
+        skipped, again, trained_s = self.skipped, self.rolled_back + 1, self.trained_s
+        self.net.settle()
+        if found is not None:
+            self.store.load(found.model)
+        self._restore(told["place"], found)
+        for flat in self.store.flats:
+            self.world.broadcast(flat)
+        self.store.sync()
+        self.skipped, self.rolled_back, self.trained_s = skipped, again, trained_s
+        self.due_step, self.sick, self.moved = self.step, "", False
+        times = f"{again} of {self.options.rollbacks} times"
+        yield Notice("warning", f"{why}: back to {self.saved_path}, on with the data that follow ({times})")
+
+    def _way_back(self, why: str) -> Checkpoint:
+        """The checkpoint to go back to, those after it set aside. One from which no step was usable is not good: the
+        next time the one before it is taken."""
+        from anert import checkpoint
+
+        if self.rolled_back >= self.options.rollbacks or self.saved_step < 0:
             back = f" after going back {self.rolled_back} times" if self.rolled_back else ""
             raise NonFiniteError(f"{why}{back}. {self._kept()}: lower --lr or raise --warmup")
         try:
             found = checkpoint.load(self.out, before=None if self.moved else self.saved_step)
         except InputError as error:
             raise NonFiniteError(f"{why}, and there is no way back ({error}): lower --lr or raise --warmup") from None
-        for path in checkpoint.set_aside(self.out, found.step):
-            yield Notice("info", f"{path}: what led astray, kept for a look at it")
-        skipped, again, trained_s = self.skipped, self.rolled_back + 1, self.trained_s
-        self.store.load(found.model)
-        self._restore(found)
-        self.store.sync()
-        self.skipped, self.rolled_back, self.trained_s = skipped, again, trained_s
-        self.due_step, self.sick, self.moved = self.step, "", False
-        yield Notice("warning", f"{why}: back to {found.path}, on with the data that follow ({again} of {o.rollbacks} "
-                                "times)")  # fmt: skip
+        checkpoint.set_aside(self.out, found.step)
+        return found
 
     # ---- the loop
 
@@ -324,6 +320,7 @@ class Trainer:
 
     def _run(self) -> Iterator[Event]:
         yield from self.prepare()
+        self.world.hint = f"the last checkpoint stays, go on from it by --resume {self.out}"
         yield self._started()
         reason = "steps"
         if math.isnan(self.val_first):
@@ -331,12 +328,15 @@ class Trainer:
         begin = time.perf_counter() - self.trained_s
         self._begin = begin
         while self.step < self.options.steps:
-            if self.stop():
-                reason = "interrupted"
+            if asked := self._asked():
+                reason = asked
                 break
-            budget = self.options.time_budget_s
-            if budget and time.perf_counter() - begin >= budget:
-                reason = "time"
+            try:
+                if self.health.exhausted or self.sick:
+                    yield from self._roll_back()
+            except NonFiniteError as error:
+                yield Notice("error", str(error))
+                reason = "diverged"
                 break
             event = self.train_step()
             shown = time.perf_counter()
@@ -344,16 +344,18 @@ class Trainer:
             if self.health.suspect and self.health.bad == 1:
                 yield Notice("warning", f"step {self.step} is left out: {self.why}")
             yield from self._between()
-            try:
-                if self.health.exhausted or self.sick:
-                    yield from self._roll_back()
-            except AnertError as error:
-                yield Notice("error", str(error))
-                reason = "diverged"
-                break
             self.ui_ms = (time.perf_counter() - shown) * 1e3 - self._between_ms
         self.trained_s = time.perf_counter() - begin
         yield from self._finish(reason)
+
+    def _asked(self) -> str:
+        """Why the run is to end now, if it is: any rank's wish and rank 0's clock, known to all ranks at once."""
+        budget, first = self.options.time_budget_s, self.world.rank == 0
+        late = bool(first and budget and time.perf_counter() - self._begin >= budget)
+        stop, late, sick = map(bool, self.world.sum([self.stop(), late, first and bool(self.sick)]))
+        if sick and not self.sick:
+            self.sick = "a weight is not finite"
+        return "interrupted" if stop else "time" if late else ""
 
     def _started(self) -> RunStarted:
         o, rt, d = self.options, self.rt, self.data
@@ -367,30 +369,21 @@ class Trainer:
             val_tokens=d.dataset.val_tokens,
             tokenizer=d.tokenizer_name, tokens_per_step=o.batch * o.grad_accum * self.config.seq_len, steps=o.steps,
             first_step=self.step, time_budget_s=o.time_budget_s, out_dir=str(self.out), memory_bytes=self.memory,
-            peak_gflops=rt.peak_gflops(), options=dataclasses.asdict(o),
+            peak_gflops=rt.peak_gflops() * self.world.size, ranks=self.world.size,
+            options=dataclasses.asdict(o),
         )  # fmt: skip
 
     def train_step(self) -> StepDone:
         """One optimizer step; its update is left out where the step is not usable (`health` says why)."""
         from anert.runtime import rss_bytes
 
-        o, net = self.options, self.net
+        o, net, parts = self.options, self.net, self.accum * self.world.size
         start = time.perf_counter()
-        net.ms.clear()
-        net.zero_grad()
-        data_ms, losses = 0.0, 0.0
-        for _ in range(o.grad_accum):
-            fetch = time.perf_counter()
-            tokens, targets = next(self.batches)
-            data_ms += (time.perf_counter() - fetch) * 1e3
-            loss = net.loss_backward(tokens, targets, self.scale.scale)
-            if not math.isfinite(loss) and math.isfinite(losses) and not self.health.bad:
-                self.where = f", first in {net.name_nonfinite()}"
-            losses += loss
+        loss, data_ms, rank_ms = self._gradients()
         begin = time.perf_counter()
         norm, finite = self.optimizer.grad_norm()
-        norm /= o.grad_accum
-        loss, lr, clamped, scale = losses / o.grad_accum, self.schedule(self.step), 0, self.scale.scale
+        norm /= parts
+        lr, clamped, scale = self.schedule(self.step), 0, self.scale.scale
         why = self.health.judge(loss, finite)
         if why:
             self.why = why + (self.where if not math.isfinite(loss) else "")
@@ -398,7 +391,7 @@ class Trainer:
         else:
             factor = min(1.0, o.clip / (norm + 1e-6)) if o.clip else 1.0
             self.saver.settle()
-            clamped = self.optimizer.step(lr, factor / o.grad_accum)
+            clamped = net.update(self.optimizer, lr, factor / parts)
             self.train_loss, self.moved, self.where = loss, True, ""
         if math.isfinite(loss):
             self.scale.update(finite)
@@ -407,15 +400,41 @@ class Trainer:
         step_ms = (now - start) * 1e3
         self.step_ms.append(step_ms)
         tokens_done = o.batch * o.grad_accum * self.config.seq_len
-        ms = {"data": data_ms, **net.ms, "optimizer": (now - begin) * 1e3, "dashboard": self.ui_ms}
+        optimizer_ms = net.ms.get("optimizer", 0.0) + (now - begin) * 1e3
+        ms = {"data": data_ms, **net.ms, "optimizer": optimizer_ms, "dashboard": self.ui_ms}
         elapsed = now - self._begin
         return StepDone(
             step=self.step, loss=loss, lr=lr, grad_norm=norm, loss_scale=scale, skipped=bool(why),
-            tokens=tokens_done, step_ms=step_ms, ms=ms, flops=net.flops * o.grad_accum,
+            tokens=tokens_done, step_ms=step_ms, ms=ms, flops=net.flops * parts,
             tokens_per_s=tokens_done / step_ms * 1e3,
             elapsed_s=elapsed, eta_s=self._eta(elapsed), rss_bytes=rss_bytes(), compiles=self.rt.backend.compiles,
-            amax=net.amax()[0], clamped=clamped,
+            amax=net.amax()[0], clamped=clamped, rank_ms=rank_ms,
         )  # fmt: skip
+
+    def _gradients(self) -> tuple[float, float, tuple[float, ...]]:
+        """Gradients of a step, summed over micro-batches and ranks: (mean loss, ms for data, ms by rank if several)."""
+        net, world, summing = self.net, self.world, self.gradient_sum
+        start = time.perf_counter()
+        net.ms.clear()
+        net.zero_grad()
+        data_ms, losses = 0.0, 0.0
+        for i in range(self.accum):
+            fetch = time.perf_counter()
+            tokens, targets = next(self.batches)
+            data_ms += (time.perf_counter() - fetch) * 1e3
+            if summing and i == self.accum - 1:
+                summing.armed = True
+            loss = net.loss_backward(tokens, targets, self.scale.scale)
+            if not math.isfinite(loss) and math.isfinite(losses) and not self.health.bad:
+                self.where = f", first in {net.name_nonfinite()}"
+            losses += loss
+        if summing is None:
+            return losses / self.accum, data_ms, ()
+        rank_ms = [0.0] * world.size
+        rank_ms[world.rank] = (time.perf_counter() - start) * 1e3
+        net.ms["allreduce"] = net.ms.get("allreduce", 0.0) + summing.finish()
+        losses, *rank_ms = world.sum([losses, *rank_ms])
+        return losses / self.accum / world.size, data_ms, tuple(rank_ms)
 
     def _kept(self) -> str:
         return (
@@ -435,7 +454,7 @@ class Trainer:
         yield from self._saved()
         if due and o.eval_every and self.step % o.eval_every == 0:
             yield from self._validate()
-        if due and o.sample_every and self.step % o.sample_every == 0:
+        if due and o.sample_every and self.step % o.sample_every == 0 and self.world.rank == 0:
             yield self._sample()
         every = o.save_every and self.step % o.save_every == 0
         if due and (every or time.monotonic() >= self.retry_at) and self.due_step != self.step:
@@ -444,11 +463,22 @@ class Trainer:
 
     def _validate(self) -> Iterator[Event]:
         """Mean loss over the fixed validation windows; the best one so far is saved as `best`."""
-        start = time.perf_counter()
-        total, count = 0.0, 0
-        for tokens, targets in self.data.dataset.val_windows(self.options.batch, self.options.eval_tokens):
-            loss, n = self.net.loss(tokens, targets)
-            total, count = total + loss * n, count + n
+        start, o, world = time.perf_counter(), self.options, self.world
+        self.net.settle()
+        total, count, number, n = 0.0, 0.0, 0, self.net.n
+        whole, told = o.eval_tokens or self.data.dataset.val_tokens, start
+        for tokens, targets in self.data.dataset.val_windows(o.batch, o.eval_tokens):
+            for at in range(0, tokens.size, n):
+                if number % world.size == world.rank:
+                    loss, counted = self.net.loss(tokens[at : at + n], targets[at : at + n])
+                    total, count = total + loss * counted, count + counted
+                number += 1
+                if time.perf_counter() - told > 0.5:
+                    told = time.perf_counter()
+                    yield Progress("validate", min(number * n, whole), whole, "tokens")
+        total, count = world.sum([total, count])
+        if world.size > 1:
+            world.require_equal("weights", hashlib.sha256(self.store.master.data).hexdigest())
         if not count:
             return
         self.val_loss = total / count
@@ -457,7 +487,7 @@ class Trainer:
         best = math.isfinite(self.val_loss) and not self.val_loss >= self.best_val
         if best:
             self.best_val = self.val_loss
-        yield Validated(self.step, self.val_loss, count, best, (time.perf_counter() - start) * 1e3)
+        yield Validated(self.step, self.val_loss, int(count), best, (time.perf_counter() - start) * 1e3)
         if best and self.step:
             yield from self.save(best=True)
 
@@ -467,6 +497,7 @@ class Trainer:
         from anert.sampler import Sampler
 
         start = time.perf_counter()
+        self.net.settle()
         settings = Sampler(temperature=0.8, top_k=50, seed=self.options.seed)
         told = tell(
             self.sampler, self.data.tokenizer, self.options.sample_prompt, settings, Limits(max_tokens, seconds)
@@ -476,17 +507,19 @@ class Trainer:
 
     def _finish(self, reason: str) -> Iterator[Event]:
         self.ended = True
+        self.net.settle()
         yield from self._saved(wait=True)
-        if reason != "diverged" and self.step > self.saved_step:
+        (moved,) = self.world.sum([self.world.rank == 0 and self.step > self.saved_step])
+        if reason != "diverged" and moved:
             if reason != "interrupted":
                 yield from self._validate()
             yield from self._save_last()
             if math.isfinite(self.retry_at):
                 reason = "unsaved"
-            elif self.step > self.saved_step:
+            elif self.step > self.saved_step and self.world.rank == 0:
                 yield Notice("warning", f"the last {self.health.bad} steps were not usable, so not saved ({self.why}). "
                                         f"{self._kept()}")  # fmt: skip
-            if reason != "interrupted" and self.options.sample_every:
+            if reason != "interrupted" and self.options.sample_every and self.world.rank == 0:
                 yield self._sample(500, seconds=5.0)  # a whole story
         yield RunDone(reason, self.summary())
         self.rt.close()
@@ -515,7 +548,7 @@ class Trainer:
             "best_val_loss": self.best_val, "compiles": self.rt.backend.compiles,
             "kernels": self.net.kernels + self.sampler.kernels,
             "tokens_per_s": tokens / median * 1e3, "ms_per_step": median, "skipped_steps": self.skipped,
-            "rollbacks": self.rolled_back,
+            "rollbacks": self.rolled_back, "ranks": self.world.size,
             "checkpoint": self.saved_path, "backend": self.rt.backend.name, "precision": self.rt.precision,
             "threads": self.rt.pool.threads, "rss_mb": rss_bytes() / 2**20, "out": str(self.out),
         }  # fmt: skip

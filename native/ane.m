@@ -561,8 +561,13 @@ static anert_status run_claimed(anert_ane_binding *binding, uint64_t *nanosecond
     int32_t claimed = 0;
     for (; claimed < binding->n_ports && status == ANERT_OK; claimed++)
         status = surface_claim(binding->ports[claimed].surface, claimed >= binding->n_inputs, err);
-    if (status == ANERT_OK) status = evaluate(binding, nanoseconds, err);
-    else claimed--; /* the last was not granted */
+    if (status == ANERT_OK) {
+        status = evaluate(binding, nanoseconds, err);
+        for (int32_t i = binding->n_inputs; i < binding->n_ports; i++)
+            atomic_fetch_add(&binding->ports[i].surface->seed, 1);
+    } else {
+        claimed--; /* the last was not granted */
+    }
     while (claimed-- > 0) surface_release(binding->ports[claimed].surface, claimed >= binding->n_inputs);
     return status;
 }

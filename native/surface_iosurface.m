@@ -168,6 +168,5 @@ void surface_release(anert_ane_surface *surface, bool write) {
     pthread_mutex_lock(&surface->mutex);
     if (write) surface->writing = 0;
     else surface->reading--;
-    if (write) atomic_fetch_add(&surface->seed, 1);
     pthread_mutex_unlock(&surface->mutex);
 }

@@ -38,7 +38,13 @@ from anert.mil.text import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "tests" / "fake_apple"
-SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+SANITIZE = (
+    "-fsanitize=address,undefined",
+    "-shared-libasan",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-g",
+)
 DEFAULTS = {"compile_limit": 119, "load_limit": 128, "max_inputs": 8, "width_multiple": 16, "evaluate_us": 60}
 
 
@@ -200,10 +206,13 @@ class FakeAne:
         assert found, f"no violation matches {pattern!r}: {self.violations()}"
         self._forgiven.append(pattern)
 
+    def temporary_directory(self) -> Path:
+        """NSTemporaryDirectory()."""
+        return Path(self.ffi.string(self.lib.fake_temporary_directory()).decode())
+
     def staged(self) -> list[str]:
         """Staging directories of this process."""
-        folder = Path(self.ffi.string(self.lib.fake_temporary_directory()).decode())
-        return sorted(p.name for p in folder.glob(f"{os.getpid():08X}*"))
+        return sorted(p.name for p in self.temporary_directory().glob(f"{os.getpid():08X}*"))
 
     def check(self) -> None:
         """All that must hold when everything has been freed."""

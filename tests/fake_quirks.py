@@ -9,7 +9,6 @@ import numpy as np
 
 from anert.mil import ops
 from anert.mil.graph import Function, Op, Value
-from anert.mil.ops.table import emit
 from anert.mil.passes import clone_ops
 
 
@@ -84,15 +83,16 @@ def apply(function: Function, quirks: Quirks) -> Function:
     into = Function(function.name, function.opset)
     mapping: dict[Value, Value] = {v: into.input(v.name, v.shape, v.dtype) for v in function.inputs}
     for op in function.ops:
-        clone_ops([op], mapping, into)
-        new = into.ops[-1]
-        if op.kind == "scaled_dot_product_attention" and quirks.mask_ignored and "attn_mask" in new.inputs:
-            del new.inputs["attn_mask"]
-        weight = new.inputs.get("weight")
+        weight = op.inputs.get("weight")
         if op.kind == "conv" and quirks.runtime_conv_ignored and isinstance(weight, Value) and not weight.is_const:
-            into.ops.pop()
-            zeros = into.const(np.zeros(weight.shape, np.float16), weight.dtype)
-            mapping[op.out] = emit("conv", {**new.inputs, "weight": zeros}, new.attrs, function=into)[0]
+            blind = {**mapping, weight: into.const(np.zeros(weight.shape, np.float16), weight.dtype)}
+            clone_ops([op], blind, into)
+            mapping[op.out] = blind[op.out]
+        else:
+            clone_ops([op], mapping, into)
+        new = into.ops[-1]
+        if op.kind == "scaled_dot_product_attention" and quirks.mask_ignored:
+            new.inputs.pop("attn_mask", None)
         if op.kind == "matmul" and quirks.matmul_limit is not None:
             mapping[op.out] = _overflow(new.out, quirks.matmul_limit)
         if _from_column(op) and quirks.slice_limit is not None:

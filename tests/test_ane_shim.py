@@ -5,6 +5,7 @@ tests/test_ane_mutants.py breaks the shim in as many ways and runs these tests a
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import threading
 import time
@@ -117,6 +118,24 @@ def test_weights_are_staged_and_reach_the_program(fake_ane):
     assert engine.compile(other, other_files).id != program.id, "the hash covers the weights"
 
 
+def clobber() -> None:
+    """Takes memory that was just freed, writes over it, and gives it back."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    blocks = [(libc.malloc(size), size) for size in range(24, 1024, 16) for _ in range(8)]
+    for block, size in blocks:
+        ctypes.memset(block, 0xA5, size)
+        libc.free(ctypes.c_void_p(block))
+
+
+def test_a_surface_outlives_its_engine(fake_ane):
+    engine = Engine(fake_ane().path)
+    surface = engine.surface(NBYTES)
+    engine.ffi.release(engine.ptr)
+    clobber()
+    assert np.array_equal(surface.write(X).read(), X.astype(np.float16))
+
+
 def test_handles_may_be_freed_in_any_order(fake_ane):
     fake = fake_ane()
     engine = Engine(fake.path)
@@ -127,6 +146,7 @@ def test_handles_may_be_freed_in_any_order(fake_ane):
     engine.ffi.release(program.ptr)
     for surface in surfaces[:3]:
         engine.ffi.release(surface.ptr)
+    clobber()
     assert fake.alive() == {"descriptors": 1, "models": 1, "wrappers": 4, "requests": 1, "surfaces": 4, "loaded": 1}
     binding.run()
     assert np.array_equal(surfaces[3].read(), (X + Y).astype(np.float16))
@@ -142,8 +162,9 @@ def test_handles_may_be_freed_in_any_order(fake_ane):
 
 
 @pytest.mark.parametrize("path", [
-    "weights/w.bin", "@model_path/", "@model_path/../w.bin", "@model_path/weights/../../w.bin", "@model_path//w.bin",
-    "@model_path/./w.bin", "/etc/w.bin", "@model_path/model.mil", "@model_path/net.plist", "@model_path/data", "",
+    "weights/w.bin", "not/a/model_path/weights/w.bin", "@model_path/", "@model_path/../w.bin", "@model_path//w.bin",
+    "@model_path/weights/../../w.bin", "@model_path/./w.bin", "/etc/w.bin", "@model_path/model.mil",
+    "@model_path/net.plist", "@model_path/data", "",
 ])  # fmt: skip
 def test_a_weight_file_stays_below_its_directory(fake_ane, path):
     fake = fake_ane()
@@ -280,6 +301,19 @@ def test_programs_of_one_content_share_a_directory(fake_ane):
     binding.run()
 
 
+def test_a_staging_directory_that_cannot_be_written(fake_ane):
+    fake = fake_ane()
+    engine = Engine(fake.path)
+    program = engine.compile(difference())
+    folder = fake.temporary_directory() / program.id
+    engine.ffi.release(program.ptr)
+    folder.write_text("a file in the way")
+    with pytest.raises(NativeError, match=rf"the staging file {folder}/model.mil cannot be written: "):
+        engine.compile(difference())
+    assert not folder.exists()
+    engine.compile(difference())
+
+
 # ---- Bindings and runs ----
 
 
@@ -333,11 +367,13 @@ def test_what_is_locked_is_not_evaluated(fake_ane):
     fake = fake_ane()
     engine = Engine(fake.path)
     binding, surfaces = bound(engine, engine.compile(difference()).load())
+    seeds = [s.seed for s in surfaces]
     for surface in surfaces:
         for read_only in (False, True):
             with surface.locked(read_only), pytest.raises(StateError, match="locked; unlock it first"):
                 binding.run()
     assert fake.counts().evaluates == 0
+    assert [s.seed - before for s, before in zip(surfaces, seeds, strict=True)] == [1, 1, 1, 1], "the locks' own"
     binding.run()
     assert right(surfaces)
 
@@ -385,6 +421,9 @@ def test_a_run_keeps_its_surfaces_and_its_program(fake_ane):
     reader = other.bind({"a": a, "b": b}, {"o00_out": spare, "o01_sum": engine.surface(NBYTES)})
     writer = other.bind({"a": a, "b": b}, {"o00_out": spare, "o01_sum": total})
     fed = other.bind({"a": a, "b": out}, {"o00_out": spare, "o01_sum": engine.surface(NBYTES)})
+    for surface in surfaces:
+        with surface.locked(), pytest.raises(StateError, match="locked; unlock it first"):
+            binding.run()
     running = while_running(fake, binding)
     for surface in surfaces:
         for read_only in (False, True):

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from anert.events import RunDone
 from anert.inputs import open_model
 from anert.network import Network
 from anert.param import ParamStore
 from anert.plugin import load
 from anert.runtime import Runtime
 from anert.sample import generate
+from anert.tokenizer import load_tokenizer
+from anert.train import Trainer, TrainOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,3 +75,27 @@ def test_greedy_text_equals_llama2c(stories, shared_data):
     )
     text = "".join(pieces).strip()
     assert len(text) > 100 and want.strip().startswith(text)
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_the_checkpoint(stories, shared_data, tmp_path):
+    """The loop as a user starts it: `--init stories260K.bin` begins at transformers' loss on the text's first 48
+    windows, and training on them gets below it."""
+    folder, mark = shared_data / "llama2c", "<|endoftext|>"
+    told = (shared_data / "text" / "tinystories_10k.txt").read_text("utf-8").split(mark)
+    tokenizer = load_tokenizer(folder / "tok512.bin")
+    count = first = 0
+    while count <= 48 * 512:
+        count += len(tokenizer.encode(told[first].strip(), bos=True))
+        first += 1
+    text = tmp_path / "first.txt"
+    text.write_text(mark.join(told[:first]), "utf-8")
+    options = TrainOptions(
+        steps=30, warmup=10, lr=2e-4, batch=2, weight_decay=0.0, precision="fp32", init=str(folder / "stories260K.bin"),
+        data=str(text), val=str(text), tokenizer=str(folder / "tok512.bin"),
+        eval_every=0, eval_tokens=48 * 512, sample_every=0, save_every=0, out=str(tmp_path / "run"),
+    )  # fmt: skip
+    events = list(Trainer(stories, "260k", stories.preset("260k").config, options, lambda: False).run())
+    summary = next(e.summary for e in events if isinstance(e, RunDone))
+    assert summary["val_loss_first"] == pytest.approx(1.3332, abs=0.02)
+    assert summary["val_loss"] < summary["val_loss_first"] - 5e-3

@@ -21,6 +21,7 @@ NATIVE = sorted(p for p in (ROOT / "native").rglob("*") if p.suffix in (".c", ".
 
 LAYERS = (
     ("errors", "capabilities", "events", "files", "plot"),
+    ("waiting",),
     ("ffi",),
     ("surface",),
     ("mil.graph",),
@@ -62,7 +63,7 @@ ONLY = {
 }
 """Top-level modules that only these modules of anert may import."""
 
-C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head", "decode")
+C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head", "decode", "bench")
 """Modules that may name a function of the native library (`lib.anert_...`)."""
 
 

@@ -21,7 +21,7 @@ FLAGS = {
 LIBRARIES = {"address": ("libasan.so", "libubsan.so"), "thread": ("libtsan.so",)}
 ADDRESS_TESTS = ("test_surface.py", "test_fp16.py", "test_optim.py", "test_cpu.py", "test_misuse.py")
 THREAD_TESTS = ("test_surface.py", "test_network.py", "test_misuse.py")
-SUPPRESSED = "race:libtorch\nrace:libgomp\ncalled_from_lib:libtorch\ncalled_from_lib:libgomp\n"
+SUPPRESSED = "race:libtorch\nrace:libgomp\n"
 """PyTorch, the oracle in some of the tests, is not built for TSan."""
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from test_network import batch_of, gradients, model_of, network, stories  # noqa: F401
 
 from anert.errors import StateError
+from anert.optim import AdamW
 from anert.schedule import ENGINE, HOST, Schedule, Task, waits
 from anert.surface import Heap, Surface
 
@@ -228,11 +229,17 @@ def test_the_delays_would_show_a_race(stories, engine):  # noqa: F811
 
 
 @pytest.mark.parametrize("layout", ["ports", "packed"])
-def test_tasks_touch_what_they_declare_and_nothing_else(stories, layout):  # noqa: F811
+def test_tasks_touch_what_they_declare_and_nothing_else(stories, engine, layout):  # noqa: F811
     """Every surface that a task does not declare is filled with NaN while it runs: its results stay the same, and so
-    does the NaN."""
-    net = network(model_of(stories, seq_len=8), batch=1, layout=layout)
-    want = gradients(net)
+    does the NaN. An update is due, so that its tasks have something to do."""
+
+    def due():
+        net = network(model_of(stories, seq_len=8), batch=1, layout=layout, engine=engine)
+        gradients(net)
+        net.update(AdamW(net.store, 0.9, 0.95, 1e-8, 0.1), 1e-2, 1.0)
+        return net
+
+    net, want = due(), gradients(due())
     tasks = net._training.tasks
     surfaces = [s for s in dict.fromkeys(r for t in tasks for r in (*t.reads, *t.writes)) if isinstance(s, Surface)]
 
@@ -255,6 +262,77 @@ def test_tasks_touch_what_they_declare_and_nothing_else(stories, layout):  # noq
 
     assert len(surfaces) > 20
     assert equal(step_of(net, [alone(t) for t in tasks], None), want)
+
+
+def steps_of(net, updates=3, tasks=None, engine=None):
+    """Losses and clamped weights of training steps with an AdamW update each, then all masters, moments and copies."""
+    if tasks is not None:
+        net._training = Schedule(tasks, engine)
+    optimizer = AdamW(net.store, 0.9, 0.95, 1e-8, 0.1)
+    losses = []
+    for seed in range(updates):
+        net.zero_grad()
+        losses += [net.loss_backward(*batch_of(net, n), 256.0) for n in (seed, seed + 1)]  # a window of two
+        norm, finite = optimizer.grad_norm()
+        assert finite
+        net.update(optimizer, 1e-2 / (seed + 1), 1.0 / (norm + 1e-6))
+    net.settle()
+    losses.append(net.loss(*batch_of(net, 9))[0])
+    copies = [s.array(np.uint8).tobytes() for p in net.store.values() for s, _ in p.placements]
+    return losses, [(p.master.tobytes(), p.m.tobytes(), p.v.tobytes()) for p in net.store.values()], copies
+
+
+@pytest.mark.parametrize("layout", ["ports", "packed"])
+def test_updates_go_along_with_the_next_step_and_change_no_bit(stories, engine, layout):  # noqa: F811
+    model = model_of(stories, n_layers=3)
+    serial = steps_of(network(model, layout=layout))
+    for seed in range(4):
+        net = network(model, layout=layout, engine=engine)
+        rng, slow = random.Random(seed), (None, ENGINE, HOST)[seed % 3]
+        tasks = [delayed(t, rng, 0.002) if slow in (None, t.lane) else t for t in net._training.tasks]
+        assert sum(t.kind == "optimizer" for t in tasks) == len(net.store)
+        losses, weights, _ = steps_of(net, 3, tasks, engine)
+        assert (losses, weights) == serial[:2], seed
+    optimizer = AdamW(net.store, 0.9, 0.95, 1e-8, 0.1)
+    net.zero_grad()
+    net.loss_backward(*batch_of(net), 256.0)
+    before = {name: p.master.copy() for name, p in net.store.items()}
+    net.ms.clear()
+    net.update(optimizer, 1e-2, 1.0)
+    assert all(np.array_equal(before[name], p.master) for name, p in net.store.items()), "nothing is due at once"
+    net.zero_grad()
+    assert net.store["norm"].grad.any(), "what is still to be read is not cleared"
+    net.loss_backward(*batch_of(net), 256.0)
+    assert not any(np.array_equal(before[name], p.master) for name, p in net.store.items())
+    assert net.ms["optimizer"] > 0 and not net._due and not net._unclear
+
+
+def test_an_update_that_is_due_is_done_before_anything_else_reads_weights(stories, engine):  # noqa: F811
+    model = model_of(stories)
+    now, later = network(model), network(model, engine=engine)
+    results = []
+    for net in (now, later):
+        optimizer = AdamW(net.store, 0.9, 0.95, 1e-8, 0.1)
+        gradients(net)
+        net.update(optimizer, 1e-2, 1.0)
+        results.append((net.loss(*batch_of(net)), net.forward(batch_of(net)[0]).array().copy()))
+        net.update(optimizer, 1e-2, 1.0)
+        net.update(optimizer, 1e-2, 1.0)  # the one before is done first
+        net.settle()
+        results[-1] += (optimizer.t, net.store["norm"].master.copy())
+    for a, b in zip(*results, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_an_optimizer_with_a_step_of_its_own_takes_it_at_once(stories, engine):  # noqa: F811
+    class Whole(AdamW):
+        def step(self, lr, grad_scale):
+            self.stepped = lr
+            return 7
+
+    net = network(model_of(stories), engine=engine)
+    optimizer = Whole(net.store, 0.9, 0.95, 1e-8, 0.1)
+    assert net.update(optimizer, 0.5, 1.0) == 7 and optimizer.stepped == 0.5 and not net._due
 
 
 def test_both_sets_of_scratch_are_counted(stories, engine):  # noqa: F811

@@ -22,8 +22,10 @@ from anert.backend.base import Backend, Binding, Chain, Port, Program, ProgramSt
 from anert.backend.emit import Emitted, Emitter
 from anert.backend.fuse import Fuser, prune, retarget
 from anert.backend.lower import Lowering, OpLowering
+from anert.backend.nodes import Graph
+from anert.backend.tiles import DIMS
 from anert.capabilities import CPU, Capabilities
-from anert.errors import CompileError, InputError, StateError
+from anert.errors import CompileError, InputError, StateError, UnsupportedError
 from anert.ffi import Pool, call, error, load
 from anert.mil.graph import Function
 from anert.surface import Heap, Hold, Surface
@@ -131,7 +133,8 @@ class CpuProgram(Program):
     def __init__(
         self, function: Function, emitted: Emitted, counters: Sequence[str], pool: Pool, slot: RunSlot
     ) -> None:
-        self.inputs = tuple(Port(v.name, v.type) for v in function.inputs)
+        encoded = {r.name: r.nbytes for r in emitted.buffers if r is not None and r.dtype == "q8"}
+        self.inputs = tuple(Port(v.name, v.type, encoded.get(v.name, 0)) for v in function.inputs)
         self.outputs = tuple(Port(v.name, v.type) for v in function.outputs)
         self.emitted, self.pool, self.slot = emitted, pool, slot
         self.counters = tuple(counters)
@@ -207,17 +210,29 @@ class CpuBackend(Backend):
             raise CompileError(f"the program has no function 'main': it has {', '.join(module.functions)}")
         return self.compile_function(module.main)
 
-    def compile_function(self, function: Function) -> CpuProgram:
+    def _compile_encoded(self, text: str, blobs: Mapping[str, bytes], encodings: Mapping[str, str]) -> Program:
+        from anert.mil.text import parse
+
+        return self.compile_function(parse(text, blobs=blobs).main, encodings)
+
+    def compile_function(self, function: Function, encodings: Mapping[str, str] | None = None) -> CpuProgram:
         """The Program of a Function without a way through text. Not counted, not cached."""
-        lowering = Lowering(function, self.precision)
-        graph = lowering.run(lowerings())
+        try:
+            graph, emitted = self._plan(function, encodings)
+        except UnsupportedError:  # a fused program over more dims than a step has: fuse less
+            graph, emitted = self._plan(function, encodings, DIMS)
+        return CpuProgram(function, emitted, graph.counters, self.pool, self.slot)
+
+    def _plan(
+        self, function: Function, encodings: Mapping[str, str] | None = None, max_dims: int = 64
+    ) -> tuple[Graph, Emitted]:
+        graph = Lowering(function, self.precision, encodings).run(lowerings())
         prune(graph)
         retarget(graph)
-        units = Fuser(graph, self.fuse).run()
+        units = Fuser(graph, self.fuse, max_dims).run()
         if self.fuse:
             units = Finder(units).run()
-        emitted = Emitter(graph, units, self.precision).run()
-        return CpuProgram(function, emitted, graph.counters, self.pool, self.slot)
+        return graph, Emitter(graph, units, self.precision).run()
 
     def chain(self, bindings: Sequence[Binding]) -> Binding:
         return CpuChain(bindings, self.pool, self.slot)

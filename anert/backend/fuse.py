@@ -195,10 +195,10 @@ def prune(graph: Graph) -> None:
 
 
 class Fuser:
-    """Groups the nodes of a graph into units, greedily in node order."""
+    """Groups the nodes of a graph into units, greedily in node order; none over more than `max_dims` dims."""
 
-    def __init__(self, graph: Graph, fuse: bool) -> None:
-        self.graph, self.fuse = graph, fuse
+    def __init__(self, graph: Graph, fuse: bool, max_dims: int = 64) -> None:
+        self.graph, self.fuse, self.max_dims = graph, fuse, max_dims
         self.unit_of: dict[Node, Unit] = {}
         self.units: list[Unit] = []
         self.before: dict[Node, list[Node]] = self._dependencies()
@@ -242,7 +242,7 @@ class Fuser:
             if len(nodes) > MAX_MEMBERS or self._cycle(others, unit, joined):
                 continue
             space = space_of(nodes)
-            if space is None:
+            if space is None or len(space.dims) > self.max_dims:
                 continue
             unit.nodes, unit.space = nodes, space
             unit.deps |= deps

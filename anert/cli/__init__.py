@@ -29,6 +29,7 @@ anert trains and runs models written as plugins, on Apple's Neural Engine or on 
 VERBS = {
     "run": ("train a plugin's model, sample from it, or run a command of its own", "run"),
     "sample": ("write text with a trained model", "sample"),
+    "eval": ("loss, perplexity and bits per byte of a trained model on a text", "evaluate"),
     "tokenize": ("texts to token files: JSON lines, gzip, shards, many processes", "tokenize"),
     "tokenizer": ("train a tokenizer, or show what one is", "tokenizer"),
     "plugins": ("list plugins: those given by path, and the installed ones", "plugins"),
@@ -37,6 +38,7 @@ VERBS = {
     "new": ("write a model plugin that trains as it stands", "new"),
     "verify": ("prove that an interrupted run goes on bit for bit", "verify"),
     "doctor": ("look at this machine, and probe its Neural Engine", "doctor"),
+    "bench": ("measure, side by side, what this machine does", "bench"),
     "lint": ("check MIL text, or a plugin's kernels, against the Neural Engine's published constraints", "lint"),
 }
 """verb -> (what it does, module of anert.cli), in the order that --help lists them."""
@@ -65,10 +67,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _fail(text: str, code: int, as_json: bool) -> int:
+    dist = sys.modules.get("anert.dist")  # loaded by what may run as one of several processes
     line = " ".join(text.split())
-    print(f"anert: {line}", file=sys.stderr)
+    print(f"anert: {dist.label() if dist else ''}{line}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": line, "exit_code": code}))
+    if dist:
+        dist.leave(code)
     return code
 
 

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} ({self.prog} --help lists what there is)")
+        raise InputError(f"{message.removeprefix('argument ')} ({self.prog} --help lists what there is)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         found, unknown = self.parse_known_args(normalized(argv))

@@ -37,7 +37,7 @@ class TokenDataset:
         progress: Progress | None = None,
     ) -> None:
         """vocab_size 0: unchecked. name: what messages call the data (default: path). progress(ids checked, ids)."""
-        self.path, self.seq_len, self.name = Path(path), seq_len, name or str(path)
+        self.path, self.seq_len, self.name, self.held_out = Path(path), seq_len, name or str(path), val
         if seq_len < 1:
             raise InputError(f"seq_len {seq_len}: at least 1 is needed")
         file = open_tokens(path)
@@ -79,9 +79,9 @@ class TokenDataset:
             return tokens, tokens[n:]
         return tokens[:at], tokens[at:]
 
-    def train_batches(self, batch: int, seed: int) -> TrainBatches:
-        """Endless batches of `batch` windows, a new order every epoch."""
-        return TrainBatches(self._train, self.n_windows, self.seq_len, batch, seed)
+    def train_batches(self, batch: int, seed: int, rank: int = 0, ranks: int = 1) -> TrainBatches:
+        """Endless batches of `batch` windows, a new order every epoch; of `ranks` that take turns, those of `rank`."""
+        return TrainBatches(self._train, self.n_windows, self.seq_len, batch, seed, rank, ranks)
 
     def val_windows(self, batch: int = 1, tokens: int = 0) -> Iterator[Batch]:
         """The same validation batches every time: (inputs, targets), int32 (batch * seq_len,), new arrays each.
@@ -113,14 +113,18 @@ class TokenDataset:
 class TrainBatches(Iterator[Batch]):
     """(inputs, targets), int32 (batch * seq_len,), sequence after sequence; two arrays that each step overwrites.
 
-    Every window comes once an epoch, in an order that depends on seed and epoch only. `state_dict` is the cursor.
+    Every window comes once an epoch, in an order that depends on seed and epoch only. `state_dict` is the cursor, of
+    all ranks together: batch i of rank r is number i * ranks + r of the run.
     """
 
-    def __init__(self, tokens: Tokens, n_windows: int, seq_len: int, batch: int, seed: int) -> None:
+    def __init__(
+        self, tokens: Tokens, n_windows: int, seq_len: int, batch: int, seed: int, rank: int = 0, ranks: int = 1
+    ) -> None:
         if batch < 1:
             raise InputError(f"batch {batch}: at least 1 is needed")
         self._tokens, self._n, self._seq_len, self._batch, self._seed = tokens, n_windows, seq_len, batch, seed
-        self.windows = 0  # served since the start of the run
+        self._skip, self._stride = rank * batch, ranks * batch
+        self.windows = 0  # served since the start of the run, to all ranks
         self._order = epoch_order(seed, 0, n_windows)
         self._order_epoch = 0
         self._inputs, self._targets = (np.empty(batch * seq_len, np.int32) for _ in range(2))
@@ -131,9 +135,9 @@ class TrainBatches(Iterator[Batch]):
         return self.windows / self._n
 
     def __next__(self) -> Batch:
-        chosen = [self._window(self.windows + i) for i in range(self._batch)]
+        chosen = [self._window(self.windows + self._skip + i) for i in range(self._batch)]
         fill(self._tokens, chosen, self._seq_len, self._inputs, self._targets)
-        self.windows += self._batch
+        self.windows += self._stride
         return self._inputs, self._targets
 
     def _window(self, served: int) -> int:

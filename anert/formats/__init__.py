@@ -74,7 +74,7 @@ def open_model_file(path: Path | str, **options: Any) -> Pretrained:
             return f.read(path, **options)
     if not head:
         raise InputError(f"{path}: no model in this directory (a run's step-*, or a Hugging Face config.json)")
-    if len(head) >= llama2c.HEADER.size and (why := llama2c.nearly(path, head)):
+    if why := llama2c.nearly(path, head):
         raise InputError(why)
     known = ", ".join(f.title for f in FORMATS)
     raise InputError(f"{path}: not a model that anert knows ({known}): anert inspect FILE tells what it is")

@@ -9,7 +9,8 @@ from typing import Any
 from anert.errors import InputError
 from anert.tokenizer import ByteBPETokenizer, LlamaTokenizer, Tokenizer
 from anert.tokenizer.byte_files import from_hugging_face
-from anert.tokenizer.llama import CONTROL, USER_DEFINED, Pieces
+from anert.tokenizer.llama import BYTE, CONTROL, USER_DEFINED, Pieces, find_byte_ids
+from anert.tokenizer.llama_files import BYTE_PIECES
 from anert.tokenizer.split import PATTERNS
 
 DIGITS = {"type": "Digits", "individual_digits": True}
@@ -85,5 +86,11 @@ def _llama(keys: Mapping[str, Any], tokens: list[str], types: Any, path: Path) -
         eos_id=_id(keys, "eos", len(tokens)),
         unk_id=int(keys.get("tokenizer.ggml.unknown_token_id", 0)),
         add_dummy_prefix=bool(keys.get("tokenizer.ggml.add_space_prefix", True)),
+        byte_fallback=BYTE in types,
     )
+    for token, kind in zip(tokens, types, strict=True):
+        if not 0 < kind <= BYTE or (kind == BYTE and token not in BYTE_PIECES):
+            raise InputError(f"{path}: token {token!r} of its tokenizer has type {kind}: damaged")
+    if pieces.byte_fallback and not find_byte_ids(pieces):
+        raise InputError(f"{path}: its tokenizer falls back to bytes without all 256 of them: damaged")
     return LlamaTokenizer(pieces)

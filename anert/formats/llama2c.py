@@ -92,6 +92,8 @@ def sniff(path: Path, head: bytes) -> bool:
 
 def nearly(path: Path, head: bytes) -> str:
     """Why a file is no v0 checkpoint although its header could be one's; "" where the header is nothing like one."""
+    if len(head) < HEADER.size:
+        return ""
     config = _legacy(head)
     if config.problem() or config.n_layers > 1024 or config.seq_len > 1 << 20:
         return ""

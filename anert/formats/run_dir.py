@@ -7,6 +7,7 @@ from typing import Any
 
 from anert import checkpoint
 from anert.errors import InputError
+from anert.formats import tensor_file
 from anert.formats.base import Pretrained, Tensors
 from anert.tokenizer import load_tokenizer
 
@@ -24,16 +25,22 @@ def read(path: Path) -> Pretrained:
         raise InputError(f"{found.path}: its {checkpoint.STATE} has no config: damaged, or not a training run's")
     about: dict[str, Any] = {k: state[k] for k in ("plugin", "preset", "train_loss", "val_loss") if k in state}
     notes = [f"skipped {skipped}: {why}" for skipped, why in found.skipped]
-    model = Pretrained("anert", found.path, dict(state["config"]), Tensors.of(found.model), step=found.step,
-                       about=about, notes=notes)  # fmt: skip
+    tensors = Tensors(tensor_file.read(found.path / checkpoint.MODEL))
+    model = Pretrained("anert", found.path, dict(state["config"]), tensors, step=found.step, about=about, notes=notes)
     if (tokenizer := found.tokenizer_path) is not None:
         model.tokenizer, model.tokenizer_name = lambda: load_tokenizer(tokenizer), tokenizer.name
     return model
 
 
-def write(path: Path, model: Pretrained, plugin: str = "stories") -> None:
+def write(path: Path, model: Pretrained, plugin: str = "") -> None:
     """A run directory of one step, its weights in float32, without optimizer state: to sample from, or to `--init` a
     run with."""
     tensors = {name: model.tensors[name].astype("f4", copy=False) for name in model.tensors}
-    state = {"plugin": plugin, "preset": "", **model.about, "config": model.config, "source": model.format}
+    known = model.about if model.format == "anert" else {}
+    state = {
+        "plugin": plugin or known.get("plugin", "stories"),
+        "preset": known.get("preset", ""),
+        "config": model.config,
+        "source": {"format": model.format, **model.about},
+    }
     checkpoint.save(path, max(model.step, 0), tensors, {}, state, model.tokenizer() if model.tokenizer else None)

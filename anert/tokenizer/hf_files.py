@@ -30,17 +30,15 @@ def write_directory(tokenizer: Tokenizer, folder: Path) -> None:
     Raises InputError for a tokenizer that tokenizer.json cannot say."""
     if isinstance(tokenizer, ByteBPETokenizer):
         content, texts = _byte_level(tokenizer), {i: t for t, i in tokenizer.specials.items()}
-        kind = "PreTrainedTokenizerFast"
     elif isinstance(tokenizer, LlamaTokenizer):
         content, texts = _llama(tokenizer.model), dict(enumerate(tokenizer.model.pieces))
-        kind = "LlamaTokenizer"
         if tokenizer.suffix == ".model":
             tokenizer.save(folder / "tokenizer.model")
     else:
         raise InputError(f"a {tokenizer.kind} tokenizer has no tokenizer.json: convert without it")
     named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     config = {
-        "tokenizer_class": kind,
+        "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it stands; LlamaTokenizer rebuilds it
         **{key: texts[i] for key, i in named.items() if i in texts},
         "clean_up_tokenization_spaces": False,
     }

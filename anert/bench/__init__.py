@@ -1,0 +1,22 @@
+"""Benchmarks: each makes Cases, `measure` times them side by side, and what cannot be true is refused.
+
+A benchmark is a row of BENCHMARKS: its module has `cases(options) -> list[Case]`, made of what really runs.
+"""
+
+from __future__ import annotations
+
+from anert.bench.measure import Case, Result, fingerprint, measure
+from anert.bench.roofline import refuse_implausible
+
+__all__ = ["BENCHMARKS", "Case", "Result", "fingerprint", "measure", "refuse_implausible"]
+
+BENCHMARKS = {
+    "gemm": ("products at a model's shapes, against the peak", "kernels"),
+    "convert": ("fp32 to fp16 and back, straight and transposed, against a plain copy", "kernels"),
+    "sync": ("every fp16 copy of a model's weights written from its masters, against a plain copy", "kernels"),
+    "dispatch": ("the host's cost of running a program that does nothing", "kernels"),
+    "forward": ("a forward pass of a model", "model"),
+    "train": ("a training step of a model: forward, backward, gradients, clip, AdamW, weight sync", "model"),
+    "tokenizer": ("both tokenizers beside tiktoken, tokenizers and sentencepiece on --data TEXT", "tokenizer"),
+}
+"""name -> (what it measures, module of anert.bench)."""

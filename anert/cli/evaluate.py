@@ -1,0 +1,57 @@
+"""`anert eval CHECKPOINT --data FILE`."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from anert.cli.parser import Parser, reader
+from anert.errors import InputError
+
+
+def main(argv: Sequence[str]) -> int:
+    from anert.events import Evaluated, Progress
+
+    parser = Parser(prog="anert eval", description="Loss, perplexity and bits per byte of a trained model on a text.")
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's directory, a step's, or a model file")
+    add("--data", required=True, metavar="FILE", help="text, or a file of token ids")
+    add("--plugin", default="", metavar="PLUGIN", help="a file or an installed name [the checkpoint's, else stories]")
+    add("--tokenizer", default="", metavar="FILE", help="tokenizer file [the checkpoint's own]")
+    add("--tokens", default=0, type=reader(int), metavar="N", help="how many to predict; 0: all [%(default)s]")
+    add("--backend", default="auto", metavar="NAME", help="auto, cpu, ane or reference [%(default)s]")
+    add("--precision", default="fp32", metavar="NAME", help="auto, fp32, bf16 or fp16 [%(default)s]")
+    add("--threads", default=0, type=reader(int), metavar="N", help="0: what the machine grants [%(default)s]")
+    add("--json", action="store_true", help="one JSON object as the last line of stdout")
+    add("--debug", action="store_true", help="an error keeps its traceback")
+    found = parser.parse(argv)
+    if not found.checkpoint.exists():
+        raise InputError(f"{found.checkpoint}: no checkpoint there; a training run leaves one in its --out directory")
+    from anert.evaluate import evaluate
+    from anert.inputs import plugin_of
+    from anert.plugin import load, split_name
+
+    plugin = load(split_name(found.plugin or plugin_of(found.checkpoint))[0])
+    options = {k: getattr(found, k) for k in ("tokenizer", "tokens", "backend", "precision", "threads")}
+    for event in evaluate(found.checkpoint, found.data, plugin, **options):
+        if isinstance(event, Progress):
+            print(f"{event.task}: {event.done:,.0f} of {event.total:,.0f} {event.unit}", file=sys.stderr)
+        elif isinstance(event, Evaluated):
+            print(_line(event), file=sys.stderr if found.json else sys.stdout)
+            if found.json:
+                plain = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in event.as_dict().items()}
+                print(json.dumps({**plain, "data": found.data, "checkpoint": str(found.checkpoint), **options}))
+    return 0
+
+
+def _line(event: object) -> str:
+    from anert.events import Evaluated
+
+    assert isinstance(event, Evaluated)
+    interval = "" if math.isnan(event.loss_low) else f" [{event.loss_low:.4f}, {event.loss_high:.4f}]"
+    bits = "" if math.isnan(event.bits_per_byte) else f"  bits/byte {event.bits_per_byte:.4f}"
+    size = f"{event.tokens:,} tokens, {event.bytes:,} bytes, {event.windows:,} windows"
+    return f"loss {event.loss:.4f}{interval}  perplexity {event.perplexity:.4g}{bits}  ({size})"

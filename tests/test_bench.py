@@ -1,0 +1,217 @@
+"""Benchmarks that cannot lie: what is refused, how ratios and rounds are made, and that each one runs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anert.bench import BENCHMARKS, Case, Result, fingerprint, measure
+from anert.bench.measure import NoisyError, busy_seconds
+from anert.bench.roofline import implausible
+from anert.cli import main
+from anert.errors import AnertError, ImplausibleError
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = f"{ROOT / 'plugins' / 'stories.py'}:260k"
+
+
+def results(*cases: Case, **settings: Any) -> list[Result]:
+    settings = {"rounds": 5, "warmup": 1, "quiet": False, "max_spread": 9.0, **settings}
+    return [r for r in measure(cases, **settings) if isinstance(r, Result)]
+
+
+def sleeper(seconds: float) -> Any:
+    return lambda: time.sleep(seconds)
+
+
+# ---- what is refused
+
+
+def test_the_seeds_claim_is_refused() -> None:
+    """0.60 ms and 94.4 TFLOPS at seq 256: 2 * 110e6 * 256 FLOPs, 24 dispatches, 170 MB of fresh weights."""
+    why = implausible(0.597, 56.32e9, 169.9e6, dispatches=24, chip="m4")
+    assert "94.3 TFLOPS is above the 19 that an M4's engine can do" in why
+    assert "24 dispatches take at least 1.2 ms" in why and "285 GB/s is above the 120 of an M4's memory" in why
+    assert implausible(91.0, 45.9e9 * 3, 256e6 * 3, dispatches=120, chip="m4") == ""  # a published step that is honest
+
+
+def test_a_figure_above_the_measured_peak_is_refused_with_exit_3() -> None:
+    case = Case("claim", sleeper(0.6e-3), flops=56.32e9, peak=lambda: 19_000.0)
+    with pytest.raises(
+        ImplausibleError, match=r"above 1\.05 times the measured peak of 19000; the figure is refused"
+    ) as e:
+        results(case)
+    assert e.value.exit_code == 3
+    honest = Case("honest", sleeper(30e-3), flops=1e9, peak=lambda: 100.0)
+    (r,) = results(honest)
+    assert r.peak_fraction is not None and 0.1 < r.peak_fraction < 0.4
+
+
+def test_faster_than_the_floor_is_refused() -> None:
+    with pytest.raises(ImplausibleError, match="under the floor of 50 us: the call did not do its work"):
+        results(Case("evaluate", lambda: None, "us", floor_us=50))
+
+
+def test_noise_is_refused() -> None:
+    times = itertools.cycle((0.03, 0.2))
+    with pytest.raises(NoisyError, match="noise, not a figure"):
+        results(Case("jumpy", lambda: time.sleep(next(times))), max_spread=0.6)
+
+
+def test_wrong_results_are_refused_before_and_after() -> None:
+    state = {"runs": 0}
+
+    def run() -> None:
+        state["runs"] += 1
+
+    def verify() -> None:
+        if state["runs"] > 3:
+            raise AnertError("wrong")
+
+    with pytest.raises(AnertError, match="wrong"):
+        results(Case("rots", run, verify=verify))
+
+    def at_once() -> None:
+        raise AnertError("wrong at once")
+
+    with pytest.raises(AnertError, match="wrong at once"):
+        results(Case("bad", run, verify=at_once))
+
+
+# ---- how figures are made
+
+
+def test_rounds_interleave_the_cases() -> None:
+    order: list[str] = []
+    cases = [Case(n, lambda n=n: (order.append(n), time.sleep(0.03))) for n in "abc"]
+    results(*cases, rounds=3)
+    timed = order[-9:]
+    assert all(set(timed[i : i + 3]) == set("abc") for i in (0, 3, 6)) and timed[:3] != timed[3:6]
+
+
+def test_times_rates_and_ratios() -> None:
+    slow = Case("slow", sleeper(0.04), "tok/s", 100.0)
+    fast = Case("fast", sleeper(0.02), "tok/s", 100.0, baseline="slow", flops=2e9, nbytes=1e6)
+    a, b = results(slow, fast)
+    assert a.ratio is None and b.baseline == "slow" and 1.7 < b.ratio < 2.3  # type: ignore[operator]
+    assert 2000 < a.median < 2550 and a.p10 <= a.median <= a.p90 and a.n == 5
+    assert b.tflops == pytest.approx(2e9 / (100 / b.median) / 1e12) and b.gbps == pytest.approx(
+        b.median * 1e6 / 100 / 1e9
+    )
+    slow, fast = Case("slow", sleeper(0.04)), Case("fast", sleeper(0.02), baseline="slow")
+    a, b = results(slow, fast)
+    assert 39 < a.median < 60 and 1.7 < b.ratio < 2.3  # type: ignore[operator]
+
+
+def test_disturbed_timings_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anert.bench import measure as function
+    from anert.bench.measure import measure as same
+
+    assert function is same
+    import sys
+
+    module = sys.modules["anert.bench.measure"]
+    calls = itertools.count()
+
+    def timed(run: Any, repeats: int) -> tuple[float, float]:
+        run()
+        n = next(calls)
+        return (9.0, 0.9) if n < 2 else (1.0, 0.0)
+
+    monkeypatch.setattr(module, "timed", timed)
+    (r,) = results(Case("x", lambda: None), rounds=4, quiet=True)
+    assert r.n == 4 and r.disturbed == 0 and r.median == 1000.0
+    calls = itertools.count()
+    (r,) = results(Case("x", lambda: None), rounds=1, quiet=True)
+    assert r.disturbed == 1 and r.median == 9000.0  # the spare ones are spent
+
+
+def test_the_fingerprint_names_the_machine() -> None:
+    found = fingerprint(2, "avx2")
+    assert found["cpu"] and found["threads"] == 2 and {"numpy", "governor", "load", "system"} <= set(found)
+    assert busy_seconds() > 0
+
+
+# ---- the verb
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[str, Any], str]:
+    code = main(["bench", *argv, "--json", "--no-wait"])
+    out, err = capsys.readouterr()
+    return code, json.loads(out.splitlines()[-1]) if out else {}, err
+
+
+FAST = ("--rounds", "2", "--warmup", "1", "--max-spread", "1000")
+
+
+@pytest.mark.parametrize("name", ["gemm", "convert", "sync", "dispatch", "forward", "train"])
+def test_each_benchmark_runs(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from anert.runtime import Runtime
+
+    monkeypatch.setattr(Runtime, "peak_gflops", lambda self, again=False: 1e5)  # what else runs cannot lower it
+    code, report, err = run(capsys, name, TINY, "--size", "100000", "--seq-len", "32", *FAST)
+    assert code == 0, err
+    keys = {"name", "unit", "median", "p10", "p90", "n", "flops", "bytes", "tflops", "gbps", "peak_fraction",
+            "baseline", "ratio"}  # fmt: skip
+    assert report["results"] and all(keys <= set(row) and row["median"] > 0 for row in report["results"])
+    if name in ("forward", "train"):
+        (row,) = report["results"]
+        assert row["flops"] > 1e6 and 0 < row["peak_fraction"] < 1 and row["notes"]["seq_len"] == 32
+    if name == "train":
+        assert row["notes"]["compiles"] == row["notes"]["kernels"]
+
+
+def test_every_benchmark_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in BENCHMARKS)
+
+
+def test_results_are_compared_with_saved_ones(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saved = tmp_path / "before.json"
+    code, report, _ = run(capsys, "dispatch", *FAST, "--save", str(saved))
+    assert code == 0 and json.loads(saved.read_text())["results"] == report["results"]
+    row = report["results"][0]
+    saved.write_text(json.dumps({"results": [{**row, "median": row["median"] / 50}]}))
+    code, report, _ = run(capsys, "dispatch", *FAST, "--compare", str(saved))
+    assert code == 1 and "slower by" in report["slower"][0]
+    saved.write_text(json.dumps({"results": [{**row, "median": row["median"] * 50}]}))
+    assert run(capsys, "dispatch", *FAST, "--compare", str(saved))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("trian",), "no benchmark 'trian': did you mean train?"),
+        (("train",), "needs a model: anert bench NAME PLUGIN"),
+        (("train", TINY, "--peer", "mlx"), "has no peer 'mlx': torch is the one"),
+        (("dispatch", "--compare", "absent.json"), "--compare absent.json: cannot be read: No such file"),
+        (("dispatch", "--compare", str(ROOT / "pyproject.toml")), "no results of anert bench --save"),
+        (("dispatch", "--fail-over", "lots", "--compare", "SAVED", *FAST), "--fail-over takes a percentage"),
+        (("dispatch", "--backend", "ane"), "Neural Engine"),
+    ],
+)
+def test_bad_input(argv: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    saved.write_text('{"results": [{"name": "dispatch cpu", "unit": "us", "median": 1}]}')
+    code = main(["bench", *(str(saved) if a == "SAVED" else a for a in argv)])
+    err = capsys.readouterr().err
+    assert code in (2, 3) and message in err and err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_torch_is_measured_beside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from anert.runtime import Runtime
+
+    monkeypatch.setattr(Runtime, "peak_gflops", lambda self, again=False: 1e5)
+    code, report, err = run(capsys, "train", TINY, "--seq-len", "32", "--peer", "torch", *FAST)
+    assert code == 0, err
+    ours, eager, compiled = report["results"]
+    assert eager["name"].startswith("torch eager") and compiled["name"].startswith("torch compile")
+    assert ours["baseline"] == eager["name"] and ours["ratio"] == pytest.approx(ours["median"] / eager["median"])
