@@ -18,6 +18,7 @@ BENCHMARKS = {
     "dispatch": ("the host's cost of running a program that does nothing", "kernels"),
     "forward": ("a forward pass of a model", "model"),
     "train": ("a training step of a model: forward, backward, gradients, clip, AdamW, weight sync", "model"),
+    "tokenizer": ("both tokenizers beside tiktoken, tokenizers and sentencepiece on --data TEXT", "tokenizer"),
     "mpi": ("sums over ranks, and training on several against one; started by mpiexec", "mpi"),
 }
 """name -> (what it measures, module of anert.bench)."""
