@@ -322,6 +322,8 @@ class Trainer:
         yield from self.prepare()
         self.world.hint = f"the last checkpoint stays, go on from it by --resume {self.out}"
         yield self._started()
+        if self.world.rank == 0:
+            self.saver.reserve()
         reason = "steps"
         if math.isnan(self.val_first):
             yield from self._validate()
