@@ -438,6 +438,7 @@ class Trainer:
         rank_ms = [0.0] * world.size
         rank_ms[world.rank] = (time.perf_counter() - start) * 1e3
         net.ms["allreduce"] = net.ms.get("allreduce", 0.0) + summing.finish()
+        self.store.grads_written()
         losses, *rank_ms = world.sum([losses, *rank_ms])
         return losses / self.accum / world.size, data_ms, tuple(rank_ms)
 
@@ -483,6 +484,7 @@ class Trainer:
                     yield Progress("validate", min(number * n, whole), whole, "tokens")
         total, count = world.sum([total, count])
         if world.size > 1:
+            self.net.settle()
             world.require_equal("weights", hashlib.sha256(self.store.master.data).hexdigest())
         if not count:
             return
