@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from anert import ffi
-from anert.backend.base import Binding
+from anert.backend.base import Binding, Program
 from anert.blocks import BlockKernels, build_cached_blocks
 from anert.errors import InputError, StateError
 from anert.ffi import call
@@ -29,6 +29,7 @@ from anert.param import ParamStore
 from anert.runtime import Runtime
 from anert.surface import Surface, locked, shared
 
+WEIGHTS = ("fp16", "int8")
 WIDTHS = (1, 32, 256)
 """New positions that a program takes; an engine's own least width takes the place of smaller ones."""
 
@@ -57,7 +58,8 @@ class _Width:
 class Session:
     """A model on a runtime with room for `capacity` positions (seq_len unless given), its weights in `store`.
 
-    All programs are compiled here. `position`: how many positions the cache holds. Raises DoesNotFit before anything
+    weights: `int8` encodes matrices in groups of 32 columns, the classifier too, on `cpu` alone. All programs are
+    compiled here. `position`: how many positions the cache holds. Raises DoesNotFit before anything
     big is allocated, CompileError past the compile budget.
     """
 
@@ -68,21 +70,25 @@ class Session:
         store: ParamStore,
         capacity: int = 0,
         widths: Sequence[int] = WIDTHS,
+        weights: str = "fp16",
         on_compile: Callable[[int, int], None] | None = None,
     ) -> None:
         self.runtime, self.model, self.store = runtime, model, store
         self.capacity = capacity or model.config.seq_len
         self.layers = model.config.n_layers if model.blocks else 0
+        if weights not in WEIGHTS:
+            raise InputError(f"weights {weights!r}: expected {' or '.join(WEIGHTS)}")
+        self.weights = weights
         self.caps = runtime.backend.capabilities
         least = self.caps.width_multiple
         self.cached = round_up(self.capacity, least)
         sizes = {max(least, min(round_up(w, least), self.cached)) for w in widths}
         built = {size: build_cached_blocks(model, size, self.cached, self.caps) for size in sorted(sizes)}
-        kernels = [k for blocks in built.values() for b in blocks for k in b.forward]
-        self.kernels = len({k.text for k in kernels})
+        kernels = [(k, b) for blocks in built.values() for b in blocks for k in b.forward]
+        self.kernels = len({k.text for k, _ in kernels})
         runtime.check_memory(self._estimate(built), "the key-value cache")
-        for i, kernel in enumerate(kernels):
-            runtime.backend.compile(kernel.text, kernel.blobs)
+        for i, (kernel, block) in enumerate(kernels):
+            self._compile(kernel, block)
             if on_compile:
                 on_compile(i + 1, len(kernels))
         self.position = 0
@@ -106,6 +112,16 @@ class Session:
         """Bytes of keys and values: what memory grows by with the context, all of it allocated at the start."""
         return sum(c.surface.nbytes for c in self._caches.values())
 
+    def _encoded(self, kernel: Kernel, block: BlockKernels) -> dict[str, str]:
+        """The ports whose weights are int8: matrices of columns in groups of 32, where those are asked for."""
+        if self.weights == "fp16":
+            return {}
+        params = [(name, slot) for name, slot in kernel.inputs.items() if name in block.params]
+        return {s.port: self.weights for _, s in params if ffi.lib.anert_q8_bytes(s.rows, s.cols)}
+
+    def _compile(self, kernel: Kernel, block: BlockKernels) -> Program:
+        return self.runtime.backend.compile(kernel.text, kernel.blobs, self._encoded(kernel, block))
+
     # ---- surfaces and bindings
 
     def _surface(self, nbytes: int) -> Surface:
@@ -127,6 +143,9 @@ class Session:
         embedding = store["tok_embeddings"]
         head = Head(rt.heap, rt.pool, embedding, store.get("output", embedding), store.get("norm"), self.model.norm_eps,
                     size, rt.precision)  # fmt: skip
+        if self.weights == "int8" and ffi.lib.anert_q8_bytes(head.vocab, head.dim):
+            classes = store.encoded_copy("output" if "output" in store else "tok_embeddings", self._surface)
+            head.args.table_q8 = ffi.ffi.cast("uint8_t *", classes.ptr)
         ports = {f"x{i}": self._location("x", self.model.config.dim, size) for i in range(2)}
         x, bindings = [ports["x0"]], []
         new: list[tuple[Location, Location]] = []
@@ -155,8 +174,12 @@ class Session:
         """Surfaces on all ports of a kernel; what it makes joins `env`: keys and values in surfaces of their own, all
         else in scratch that layers take turns at."""
         surfaces: dict[str, Surface] = {}
+        encoded = self._encoded(kernel, block)
         for name, slot in kernel.inputs.items():
             size = kernel.sizes[slot.port]
+            if slot.port in encoded:
+                surfaces[slot.port] = self.store.encoded_copy(f"layers.{layer}.{name}", self._surface)
+                continue
             if name in block.params:
                 surfaces[slot.port] = self.store.copy_of(f"layers.{layer}.{name}", slot, size, self._surface)
                 continue
@@ -177,7 +200,7 @@ class Session:
                     self._scratch[key] = self._surface(size)
                 surfaces[slot.port] = self._scratch[key]
             env[name] = Location(surfaces[slot.port], slot)
-        return self.runtime.backend.compile(kernel.text, kernel.blobs).bind(surfaces)
+        return self._compile(kernel, block).bind(surfaces)
 
     def _table(self, name: str) -> np.ndarray:
         """cos or sin of every position, (2 hd, S) fp16 halves, by name of their port: cos<hd>, sin<hd>."""

@@ -73,8 +73,11 @@ class World(Protocol):
     def gradient_sum(self, grads: np.ndarray) -> GradientSum | None:
         """What sums `grads` over the ranks while the backward pass goes on; None where there is one rank."""
 
+    def wait_for_all(self) -> None:
+        """Until every rank is here, however long that takes."""
+
     def close(self) -> None:
-        """Wait for the others at the end; the job goes on to end well."""
+        """The end: wait for the others, so that none is missed while it still works."""
 
 
 class Solo:
@@ -100,6 +103,9 @@ class Solo:
 
     def gradient_sum(self, grads: np.ndarray) -> GradientSum | None:
         return None
+
+    def wait_for_all(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -196,8 +202,11 @@ class Mpi:
     def gradient_sum(self, grads: np.ndarray) -> GradientSum | None:
         return GradientSum(self, grads)
 
-    def close(self) -> None:
+    def wait_for_all(self) -> None:
         self.wait([self.comm.Ibarrier()], patience=float("inf"))
+
+    def close(self) -> None:
+        self.wait_for_all()
         self._pulse.stop()
         sys.excepthook = sys.__excepthook__
 

@@ -65,6 +65,8 @@ class Param:
         self.m: np.ndarray | None = None
         self.v: np.ndarray | None = None
         self.placements: list[tuple[Surface, Slot]] = []
+        self.encoded: Surface | None = None
+        """An int8 copy (anert_q8_encode); optimizers do not write it, `ParamStore.sync` does."""
         self._shared: list[Surface] = []
         self._native: Any = None
 
@@ -165,6 +167,16 @@ class ParamStore(Mapping[str, Param]):
             self[name].place(surface, slot)
         return surface
 
+    def encoded_copy(self, name: str, make: Callable[[int], Surface]) -> Surface:
+        """The surface that holds parameter `name` in int8. ShapeError if its columns are no groups of 32."""
+        p = self[name]
+        if p.encoded is None:
+            nbytes = int(ffi.lib.anert_q8_bytes(p.rows, p.cols))
+            if not nbytes:
+                raise ShapeError(f"{name} is {p.spec.shape}: int8 weights have columns in groups of 32")
+            p.encoded = make(nbytes)
+        return p.encoded
+
     def initialise(self, seed: int) -> None:
         """Draw initial values; each parameter has its own stream, so that adding one changes no other."""
         for p in self.values():
@@ -229,4 +241,8 @@ class ParamStore(Mapping[str, Param]):
             with p.writing():
                 call(ffi.lib.anert_param_sync, self.pool.ptr, master, p.rows, p.cols, array, n, clamped)
             total += clamped[0]
+            if p.encoded is not None:
+                dst = ffi.ffi.cast("uint8_t *", p.encoded.ptr)
+                call(ffi.lib.anert_q8_encode, self.pool.ptr, master, p.rows, p.cols, dst)
+                p.encoded.touch()
         return total

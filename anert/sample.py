@@ -160,11 +160,13 @@ def _slid_notice(capacity: int) -> Notice:
 
 def open_engine(
     model: Decoder, tensors: Mapping[str, np.ndarray], engine: str = "mil", backend: str = "auto",
-    precision: str = "fp32", threads: int = 0, prompt: int = 0,
+    precision: str = "fp32", threads: int = 0, prompt: int = 0, weights: str = "fp16",
 ) -> Engine:  # fmt: skip
     """The engine that runs a model: `mil` on a backend, `numpy` in float32 beside it. prompt: tokens of the longest
     prompt, so that no wider program is compiled than will run; 0: unknown."""
     if engine == "numpy":
+        if weights != "fp16":
+            raise InputError(f"weights {weights!r}: engine numpy has the checkpoint's own, in float32")
         from anert.numpy_llama import NumpyLlama
 
         return NumpyLlama(model, tensors)
@@ -181,7 +183,7 @@ def open_engine(
     slides = model.config.seq_len // 2
     longest = max(prompt, 1) if prompt else slides
     widths = [w for i, w in enumerate(WIDTHS) if i == 0 or WIDTHS[i - 1] < longest]
-    session = Session(rt, model, store, widths=widths)
+    session = Session(rt, model, store, widths=widths, weights=weights)
     store.sync()
     return session
 
@@ -198,6 +200,7 @@ def sample(
     backend: str = "auto",
     precision: str = "fp32",
     threads: int = 0,
+    weights: str = "fp16",
     **settings: Any,
 ) -> Iterator[Event]:
     """Continue `prompt` `num_samples` times with the model of a run directory, a step of one, or a model file (which
@@ -211,7 +214,7 @@ def sample(
     limits = Limits(max_tokens, stop=tuple(stop))
     model, tensors, vocabulary = open_model(plugin, Path(checkpoint), tokenizer)
     n_prompt = min(len(encode_prompt(vocabulary, prompt)), model.config.seq_len)
-    told = open_engine(model, tensors, engine, backend, precision, threads, n_prompt)
+    told = open_engine(model, tensors, engine, backend, precision, threads, n_prompt, weights)
     for i, sampler in enumerate(samplers):
         yield from tell(told, vocabulary, prompt, sampler, limits, i)
 

@@ -11,7 +11,7 @@
 #include "status.h"
 
 /* ---- Element types and instruction sets ---- */
-enum { ANERT_F32 = 0, ANERT_F16 = 1, ANERT_BF16 = 2, ANERT_I32 = 3, ANERT_U8 = 4, ANERT_I8 = 5 };
+enum { ANERT_F32 = 0, ANERT_F16 = 1, ANERT_BF16 = 2, ANERT_I32 = 3, ANERT_U8 = 4, ANERT_I8 = 5, ANERT_Q8 = 6 };
 enum {
     ANERT_ISA_AUTO = -1,
     ANERT_ISA_SCALAR = 0,
@@ -81,6 +81,15 @@ typedef struct {
 anert_status anert_gemm(anert_pool *pool, int32_t precision, int64_t batch, int64_t m, int64_t n, int64_t k,
                         float alpha, anert_matrix a, anert_matrix b, float beta, anert_matrix c, anert_error *err);
 
+/* ---- int8 weights (Q8): (rows, cols) in groups of 32 columns that share a scale; quant.c has the layout ----
+ * C = beta C + alpha A B with A encoded: a single column of B is quantised too, by groups of 32; several are not. Bits do
+ * not depend on the instruction set or the threads. */
+size_t anert_q8_bytes(int64_t rows, int64_t cols); /* of an encoded matrix; 0 if cols is no multiple of 32 */
+anert_status anert_q8_encode(anert_pool *pool, const float *src, int64_t rows, int64_t cols, uint8_t *dst,
+                             anert_error *err);
+anert_status anert_q8_gemm(anert_pool *pool, int32_t precision, int64_t m, int64_t n, int64_t k, float alpha,
+                           const uint8_t *a, anert_matrix b, float beta, anert_matrix c, anert_error *err);
+
 /* ---- Optimizer: one fused pass over a Param ---- */
 /* Where an fp16 copy of a Param (rows, cols) lives: element (r, c) goes to base[r * row_stride + c * col_stride],
  * repeated `broadcast` times at stride 1 (a norm gain wired to a legal width; 1 for matrices). */
@@ -137,6 +146,7 @@ typedef struct {
     int64_t x_stride;
     const float *gain;         /* (dim) final norm gain; NULL: no norm */
     const uint16_t *table;     /* (vocab, dim) fp16 classifier, row stride dim */
+    const uint8_t *table_q8;   /* the same encoded, read by anert_head_logits in its place; NULL: none */
     const int32_t *targets;    /* (n); -1 is ignored */
     float loss_scale;          /* dx comes out multiplied by it */
     float grad_alpha;          /* dtable and dgain are added alpha * d(mean loss): no loss scale inside */
@@ -201,7 +211,7 @@ typedef struct {
  * TILE      dims: the space, rows and lanes last; reduced: bit d set where dim d is reduced; args: passes, registers,
  *           rows a chunk, lanes a chunk. views and instrs are ranges.
  * GEMM      dims: batch, batch, m, n, k; views a (batch, batch, m, k), b (batch, batch, k, n), c (batch, batch, m, n), and
- *           if there are four, bias (m). alpha, beta, precision as in anert_gemm.
+ *           if there are four, bias (m). alpha, beta, precision as in anert_gemm. a may be Q8, a whole buffer, without batch.
  * GATHER    dims: the box of y; views y, x (stride 0 where only the index moves it), indices int32; element i of y is element i of
  *           x plus index * args[1], the gathered axis' stride; its extent is args[0]. A negative index counts from the end.
  * SCATTER   dims: the box of updates; views y, updates, indices; args[0], args[1] of y's axis; args[2]: ANERT_SCATTER_*. In

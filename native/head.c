@@ -281,9 +281,12 @@ anert_status anert_head_logits(anert_pool *pool, const anert_head_args *args, co
         int64_t cols = MIN(room, n_out - first);
         for (int64_t t = 0; t < cols; t++)
             k->norm(args->x + columns[first + t], args->x_stride, args->gain, args->norm_eps, args->dim, 1, s.h + t, cols, s.r + t);
-        status = anert_gemm(pool, args->precision, 1, args->vocab, cols, args->dim, 1.0f,
-                            matrix(args->table, ANERT_F16, args->dim, 1), matrix(s.h, ANERT_F32, cols, 1), 0.0f,
-                            matrix(logits + first * args->vocab, ANERT_F32, 1, args->vocab), err);
+        anert_matrix h = matrix(s.h, ANERT_F32, cols, 1), out = matrix(logits + first * args->vocab, ANERT_F32, 1, args->vocab);
+        if (args->table_q8)
+            status = anert_q8_gemm(pool, args->precision, args->vocab, cols, args->dim, 1.0f, args->table_q8, h, 0.0f, out, err);
+        else
+            status = anert_gemm(pool, args->precision, 1, args->vocab, cols, args->dim, 1.0f,
+                                matrix(args->table, ANERT_F16, args->dim, 1), h, 0.0f, out, err);
         if (status)
             return status;
     }

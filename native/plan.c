@@ -49,6 +49,20 @@ anert_status plan_check_view(const anert_plan *plan, int32_t step, int32_t view,
 /* GEMM: which of (batch, batch, m, n, k) the four view dims of a, b, c, bias are. */
 static const int GEMM_DIMS[4][4] = {{0, 1, 2, 4}, {0, 1, 4, 3}, {0, 1, 2, 3}, {0, 1, 2, -1}};
 
+/* An encoded A: all of a buffer that is large enough. */
+static anert_status q8_check(const anert_plan *plan, int32_t step, anert_error *err) {
+    const anert_step *s = &plan->steps[step];
+    const anert_view *v = &plan->views[s->first_view];
+    size_t needs = anert_q8_bytes(s->dims[2], s->dims[4]);
+    bool whole = v->buffer > 0 && v->buffer < plan->n_buffers && v->offset == 0 && plan->region == NULL &&
+                 s->dims[0] == 1 && s->dims[1] == 1 && s->n_views == 3;
+    for (int d = 0; d < 4; d++) whole = whole && v->loops[d] == 0;
+    if (!whole || needs == 0 || plan->buffers[v->buffer].nbytes < (int64_t)needs)
+        return anert_fail(err, ANERT_EINVAL, "step %d: int8 operand of %lld x %lld in buffer %d", step,
+                          (long long)s->dims[2], (long long)s->dims[4], v->buffer);
+    return ANERT_OK;
+}
+
 anert_status gemm_check(const anert_plan *plan, int32_t step, anert_error *err) {
     const anert_step *s = &plan->steps[step];
     if (s->n_views < 3 || s->n_views > 4 || (s->precision != ANERT_F32 && s->precision != ANERT_BF16) ||
@@ -57,6 +71,11 @@ anert_status gemm_check(const anert_plan *plan, int32_t step, anert_error *err) 
                           s->precision);
     for (int i = 0; i < s->n_views; i++) {
         view_box box = {.query = -1, .write = i == 2};
+        if (i == 0 && plan->views[s->first_view].dtype == ANERT_Q8) {
+            anert_status status = q8_check(plan, step, err);
+            if (status) return status;
+            continue;
+        }
         for (int d = 0; d < ANERT_DIMS; d++) {
             int dim = d < 4 ? GEMM_DIMS[i][d] : -1;
             box.dims[d] = dim < 0 ? 1 : s->dims[dim];
@@ -170,6 +189,9 @@ anert_matrix gemm_operand(const plan_run *run, const anert_view *v, int64_t oute
 static anert_status gemm_run(const plan_run *run, const anert_step *s, anert_error *err) {
     const anert_view *v = run->plan->views + s->first_view;
     bool collapsed = s->dims[1] == 1;
+    if (v[0].dtype == ANERT_Q8)
+        return anert_q8_gemm(run->pool, s->precision, s->dims[2], s->dims[3], s->dims[4], s->alpha, run->bases[v[0].buffer],
+                             gemm_operand(run, &v[1], 0, true), s->beta, gemm_operand(run, &v[2], 0, true), err);
     for (int64_t o = 0; o < (collapsed ? 1 : s->dims[0]); o++) {
         anert_matrix a = gemm_operand(run, &v[0], o, collapsed), b = gemm_operand(run, &v[1], o, collapsed),
                      c = gemm_operand(run, &v[2], o, collapsed);

@@ -17,6 +17,7 @@ from anert import checkpoint, dist
 from anert import events as ev
 from anert.cli import main
 from anert.errors import InputError
+from anert.tokenizer import ByteBPETokenizer
 from anert.train import Trainer
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
@@ -185,6 +186,43 @@ def test_a_slow_rank_is_waited_for(text, tmp_path):
     """Longer than a silence: it computes, and its pulse goes on."""
     done = ranks.run(2, "slow", "run", *options(text, tmp_path / "run", steps=6), program=PROGRAM)
     assert done.returncode == 0, done.stderr
+
+
+# ---- tokenize
+
+
+def tokenized(n, out, *more, **settings):
+    arguments = ["tokenize", *map(str, more), "-o", str(out), "--json", "--shard-mb", "0.005", "--split", "line"]
+    return ranks.run(n, *arguments, **settings)
+
+
+def test_ranks_share_the_shards_of_a_text(text, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text(text.read_text().replace(" fox ", "\n"))
+    ByteBPETokenizer.train([text.read_text()], 280).save(tmp_path / "t.json")
+    outcomes = {}
+    for n in (1, 3):
+        done = tokenized(n, tmp_path / str(n), lines, "--tokenizer", tmp_path / "t.json")
+        assert done.returncode == 0, done.stderr
+        outcomes[n] = json.loads(done.stdout)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n).glob("shard-*.bin")} for n in ("1", "3")]
+    assert files[0] == files[1] and len(files[0]) >= 6
+    same = ("documents", "tokens", "bytes", "shards", "complete")
+    assert [outcomes[1][k] for k in same] == [outcomes[3][k] for k in same] and outcomes[3]["complete"]
+    assert len(outcomes[3]["files"]) == outcomes[3]["shards"] == len(files[0])
+    assert (tmp_path / "3" / "manifest.json").read_text() == (tmp_path / "1" / "manifest.json").read_text()
+    again = tokenized(3, tmp_path / "3", lines, "--tokenizer", tmp_path / "t.json")
+    assert json.loads(again.stdout)["skipped"] == outcomes[3]["shards"]
+
+
+@pytest.mark.parametrize(
+    ("out", "more", "says"),
+    [("a.bin", (), "2 ranks write shards"), ("dir", ("--shard", "0/2"), "without a launcher")],
+)
+def test_ranks_refuse_what_is_for_one(text, tmp_path, out, more, says):
+    ByteBPETokenizer.train([text.read_text()], 280).save(tmp_path / "t.json")
+    done = tokenized(2, tmp_path / out, text, "--tokenizer", tmp_path / "t.json", *more, timeout=30)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
 
 
 # ---- two machines

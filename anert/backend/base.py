@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from anert.capabilities import Capabilities
-from anert.errors import CompileError, ShapeError
+from anert.errors import CompileError, ShapeError, UnsupportedError
 from anert.mil.graph import TensorType
 from anert.surface import Surface
 
@@ -26,10 +26,12 @@ class Port:
 
     name: str
     type: TensorType
+    encoded: int = 0
+    """Bytes of an encoded weight; 0: as the type says."""
 
     @property
     def nbytes(self) -> int:
-        return self.type.nbytes
+        return self.encoded or self.type.nbytes
 
 
 @dataclass(slots=True)
@@ -103,18 +105,25 @@ class Backend(abc.ABC):
         self.compile_ms = 0.0
         self._cache: dict[str, Program] = {}
 
-    def compile(self, text: str, blobs: Mapping[str, bytes] | None = None) -> Program:
-        """The Program of this MIL text and its weight files. Raises CompileError past the budget."""
+    def compile(
+        self, text: str, blobs: Mapping[str, bytes] | None = None, encodings: Mapping[str, str] | None = None
+    ) -> Program:
+        """The Program of this MIL text and its weight files. Raises CompileError past the budget.
+
+        encodings: of input ports that hold an encoded weight: `int8`, on `cpu` alone (else UnsupportedError).
+        """
         key = hashlib.sha256(text.encode())
         for path in sorted(blobs or {}):
             key.update(path.encode() + b"\0" + hashlib.sha256((blobs or {})[path]).digest())
+        for port, encoding in sorted((encodings or {}).items()):
+            key.update(f"\0{port}={encoding}".encode())
         digest = key.hexdigest()
         program = self._cache.get(digest)
         if program is not None:
             return program
         self.check_budget()
         start = time.perf_counter()
-        program = self._compile(text, blobs or {})
+        program = self._compile_encoded(text, blobs or {}, encodings) if encodings else self._compile(text, blobs or {})
         self.compiles += 1
         program.stats.compile_ms = (time.perf_counter() - start) * 1e3
         self.compile_ms += program.stats.compile_ms
@@ -135,6 +144,11 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def _compile(self, text: str, blobs: Mapping[str, bytes]) -> Program: ...
+
+    def _compile_encoded(self, text: str, blobs: Mapping[str, bytes], encodings: Mapping[str, str]) -> Program:
+        """As _compile, with encoded weights on these ports."""
+        found = ", ".join(sorted(set(encodings.values())))
+        raise UnsupportedError(f"backend {self.name!r} takes fp16 weights: {found} weights are for backend 'cpu'")
 
     def chain(self, bindings: Sequence[Binding]) -> Binding:
         """Bindings of this backend as one, run in order."""

@@ -133,7 +133,8 @@ class CpuProgram(Program):
     def __init__(
         self, function: Function, emitted: Emitted, counters: Sequence[str], pool: Pool, slot: RunSlot
     ) -> None:
-        self.inputs = tuple(Port(v.name, v.type) for v in function.inputs)
+        encoded = {r.name: r.nbytes for r in emitted.buffers if r is not None and r.dtype == "q8"}
+        self.inputs = tuple(Port(v.name, v.type, encoded.get(v.name, 0)) for v in function.inputs)
         self.outputs = tuple(Port(v.name, v.type) for v in function.outputs)
         self.emitted, self.pool, self.slot = emitted, pool, slot
         self.counters = tuple(counters)
@@ -209,16 +210,23 @@ class CpuBackend(Backend):
             raise CompileError(f"the program has no function 'main': it has {', '.join(module.functions)}")
         return self.compile_function(module.main)
 
-    def compile_function(self, function: Function) -> CpuProgram:
+    def _compile_encoded(self, text: str, blobs: Mapping[str, bytes], encodings: Mapping[str, str]) -> Program:
+        from anert.mil.text import parse
+
+        return self.compile_function(parse(text, blobs=blobs).main, encodings)
+
+    def compile_function(self, function: Function, encodings: Mapping[str, str] | None = None) -> CpuProgram:
         """The Program of a Function without a way through text. Not counted, not cached."""
         try:
-            graph, emitted = self._plan(function)
+            graph, emitted = self._plan(function, encodings)
         except UnsupportedError:  # a fused program over more dims than a step has: fuse less
-            graph, emitted = self._plan(function, DIMS)
+            graph, emitted = self._plan(function, encodings, DIMS)
         return CpuProgram(function, emitted, graph.counters, self.pool, self.slot)
 
-    def _plan(self, function: Function, max_dims: int = 64) -> tuple[Graph, Emitted]:
-        graph = Lowering(function, self.precision).run(lowerings())
+    def _plan(
+        self, function: Function, encodings: Mapping[str, str] | None = None, max_dims: int = 64
+    ) -> tuple[Graph, Emitted]:
+        graph = Lowering(function, self.precision, encodings).run(lowerings())
         prune(graph)
         retarget(graph)
         units = Fuser(graph, self.fuse, max_dims).run()

@@ -8,7 +8,7 @@ output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,10 @@ def _float64(a: np.ndarray) -> np.ndarray:
 class Lowering:
     """State of one lowering: the Graph so far, and the Ref of every Value."""
 
-    def __init__(self, function: Function, precision: str) -> None:
+    def __init__(self, function: Function, precision: str, encodings: Mapping[str, str] | None = None) -> None:
         self.function, self.precision = function, precision
+        self.encodings = dict(encodings or {})
+        """Ports that hold an encoded weight: `int8`."""
         self.graph = Graph()
         self.refs: dict[Value, Ref] = {}
         self.label = ""
@@ -74,7 +76,19 @@ class Lowering:
         for name, v in self._output_names():
             self._output(name, v)
         self.graph.link()
+        self._check_encoded()
         return self.graph
+
+    def _check_encoded(self) -> None:
+        """An encoded weight is the left operand of a product, as it lies."""
+        for n in self.graph.nodes:
+            for i, ref in enumerate(n.refs()):
+                plain = n.kind == "gemm" and i == 0 and ref.is_whole() and ref.layout.strides[-2:] == (ref.shape[-1], 1)
+                if ref.root.dtype == "q8" and not plain:
+                    raise UnsupportedError(
+                        f"port {ref.root.name!r} is int8: {n.label} ({n.kind}) reads it otherwise than as the left "
+                        "operand of a product; use fp16 weights"
+                    )
 
     def _folded(self, op: Op) -> list[Ref] | None:
         """An elementwise op of constants alone, as a constant of the interior's precision; None for any other op."""
@@ -106,6 +120,8 @@ class Lowering:
 
     def _input(self, v: Value) -> Ref:
         root = self._port(v, v.name, "input")
+        if v.name in self.encodings:
+            root.dtype = "q8"
         self.graph.inputs[v.name] = root
         ref = Ref.of(root)
         if v.dtype in ("int8", "uint8"):  # loads of bytes give fp32 lanes

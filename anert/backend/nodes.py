@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from anert.backend.views import Layout, Transform
+from anert.ffi import load
 
 STORAGE: dict[str, tuple[str, int]] = {
     "f32": ("ANERT_F32", 4),
@@ -16,8 +17,20 @@ STORAGE: dict[str, tuple[str, int]] = {
     "i32": ("ANERT_I32", 4),
     "u8": ("ANERT_U8", 1),
     "i8": ("ANERT_I8", 1),
+    "q8": ("ANERT_Q8", 1),
 }
-"""Storage type -> its name in anert.h and its bytes. bool is u8 that holds 0 or 1."""
+"""Storage type -> its name in anert.h and its bytes. bool is u8 that holds 0 or 1; q8 is a matrix encoded by
+anert_q8_encode."""
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, cols) of a port [1, rows, 1, cols]."""
+    return math.prod(shape[:-1]), shape[-1]
+
+
+def q8_bytes(rows: int, cols: int) -> int:
+    """Bytes of an int8-encoded matrix; 0 if its columns are no groups of 32."""
+    return int(load().lib.anert_q8_bytes(rows, cols))
 
 
 @dataclass(eq=False, slots=True)
@@ -40,6 +53,8 @@ class Root:
 
     @property
     def nbytes(self) -> int:
+        if self.dtype == "q8":
+            return q8_bytes(*matrix_shape(self.shape))
         return self.size * STORAGE[self.dtype][1]
 
 

@@ -17,5 +17,6 @@ BENCHMARKS = {
     "dispatch": ("the host's cost of running a program that does nothing", "kernels"),
     "forward": ("a forward pass of a model", "model"),
     "train": ("a training step of a model: forward, backward, gradients, clip, AdamW, weight sync", "model"),
+    "tokenizer": ("both tokenizers beside tiktoken, tokenizers and sentencepiece on --data TEXT", "tokenizer"),
 }
 """name -> (what it measures, module of anert.bench)."""

@@ -51,6 +51,7 @@ def options(parser: Parser) -> Parser:
     add("--engine", default="mil", metavar="NAME",
         help="mil: the model's programs on --backend; numpy: float32 NumPy, without them [%(default)s]")  # fmt: skip
     add("--backend", default="auto", metavar="NAME", help="auto, cpu, ane or reference [%(default)s]")
+    add("--weights", default="fp16", metavar="NAME", help="fp16, or int8 in groups of 32 (cpu alone) [%(default)s]")
     add("--precision", default="fp32", metavar="NAME", help="auto, fp32, bf16 or fp16 [%(default)s]")
     add("--threads", default=0, type=reader(int), metavar="N", help="0: what the machine grants [%(default)s]")
     add("--json", action="store_true", help="one JSON object as the last line of stdout, the text on stderr")
