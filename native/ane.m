@@ -1,5 +1,6 @@
 /* ane.m: MIL text to the Neural Engine through the private AppleNeuralEngine.framework: compile, load, evaluate, unload.
  * Order of calls and argument types are those of the in-memory path; ane_apple.h describes them. */
+#include <stdio.h>
 #include <time.h>
 #include <unistd.h>
 
