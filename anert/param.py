@@ -64,6 +64,8 @@ class Param:
         self.grad: np.ndarray | None = None
         self.m: np.ndarray | None = None
         self.v: np.ndarray | None = None
+        self.squares = math.nan
+        """Sum of squares of `grad`, if what wrote it last has summed them up; whoever else writes it says NaN."""
         self.placements: list[tuple[Surface, Slot]] = []
         self.encoded: Surface | None = None
         """An int8 copy (anert_q8_encode); optimizers do not write it, `ParamStore.sync` does."""

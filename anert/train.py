@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from anert.errors import AnertError, InputError, NonFiniteError
+from anert.errors import AnertError, EngineError, InputError, NonFiniteError
 from anert.events import Event, Notice, Progress, RunDone, RunStarted, Sampled, Saved, StepDone, Validated
 from anert.health import Health
 from anert.waiting import waited
@@ -338,7 +338,10 @@ class Trainer:
                 yield Notice("error", str(error))
                 reason = "diverged"
                 break
-            event = self.train_step()
+            try:
+                event = self.train_step()
+            except EngineError as error:
+                raise EngineError(f"step {self.step + 1}: {error}; {self._kept()}") from None
             shown = time.perf_counter()
             yield event
             if self.health.suspect and self.health.bad == 1:
