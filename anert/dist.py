@@ -138,13 +138,13 @@ class Mpi:
 
     def wait(self, requests: Sequence[Any], patience: float = PATIENCE_S) -> None:
         """Until all requests are done. The pulse ends the job meanwhile if a rank falls silent."""
-        start, pause = time.monotonic(), 0.0
+        start = time.monotonic()
         while not self.mpi.Request.Testall(requests):
-            time.sleep(pause)
-            pause = min(2 * pause or 2e-5, 1e-3)
-            if pause == 1e-3 and time.monotonic() - start > patience:
+            waited = time.monotonic() - start
+            time.sleep(min(waited / 20, 1e-2))  # a twentieth late at most, and no spinning beside the ranks at work
+            if waited > patience:
                 self.abort(
-                    1, f"{patience:.0f} s in a collective though every rank is alive: they disagree on what comes next"
+                    1, f"{patience:.0f} s in one collective though every rank is alive: they do not run the same"
                 )
 
     def sum(self, values: Sequence[float]) -> list[float]:

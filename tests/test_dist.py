@@ -74,6 +74,7 @@ class TwoInOne(Trainer):
                 losses[rank] += net.loss_backward(tokens, targets, scale)
             sums.append(self.store.grads.copy())
         self.store.grads[...] = sums[0] + sums[1]
+        self.store.grads_written()
         return (losses[0] + losses[1]) / (self.accum // 2) / 2, 0.0, ()
 
 
@@ -223,6 +224,31 @@ def test_ranks_refuse_what_is_for_one(text, tmp_path, out, more, says):
     ByteBPETokenizer.train([text.read_text()], 280).save(tmp_path / "t.json")
     done = tokenized(2, tmp_path / out, text, "--tokenizer", tmp_path / "t.json", *more, timeout=30)
     assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- bench mpi
+
+BENCH = ["bench", "mpi", "--rounds", "2", "--warmup", "1", "--no-wait", "--max-spread", "1e9", "--json"]
+
+
+def test_bench_mpi_tells_the_sums_and_the_scaling():
+    done = ranks.run(2, *BENCH[:2], f"{ranks.ROOT}/plugins/stories.py:tiny", *BENCH[2:], "--seq-len", "32")
+    assert done.returncode == 0, done.stderr
+    found = {r["name"]: r for r in json.loads(done.stdout)["results"]}
+    sums = [name for name in found if name.startswith("allreduce")]
+    assert len(sums) == 4 and all(found[name]["gbps"] > 0 and found[name]["notes"]["ranks"] == 2 for name in sums)
+    assert found["train, 2 ranks"]["baseline"] == "train, 1 rank" and found["train, 2 ranks"]["ratio"] > 0
+    assert found["train, 1 rank"]["notes"]["tokens_per_step"] == 64 and found["train, 1 rank"]["flops"] > 0
+
+
+def test_bench_mpi_refuses_sums_that_are_wrong():
+    done = ranks.run(2, "broken-sum", *BENCH, program=PROGRAM, timeout=60)
+    assert done.returncode == 1 and "the sum over ranks of 64 kB is wrong" in done.stderr
+
+
+def test_bench_mpi_on_one_rank_says_how_to_start_it(capsys):
+    assert main(BENCH) == 2
+    assert "mpiexec -n 2 python -m mpi4py -m anert bench mpi" in capsys.readouterr().err
 
 
 # ---- two machines

@@ -1,6 +1,7 @@
 """Benchmarks: each makes Cases, `measure` times them side by side, and what cannot be true is refused.
 
-A benchmark is a row of BENCHMARKS: its module has `cases(options) -> list[Case]`, made of what really runs.
+A benchmark is a row of BENCHMARKS: its module has `cases(options) -> list[Case]`, made of what really runs, and
+`close()` if there is something to end.
 """
 
 from __future__ import annotations
@@ -18,5 +19,6 @@ BENCHMARKS = {
     "forward": ("a forward pass of a model", "model"),
     "train": ("a training step of a model: forward, backward, gradients, clip, AdamW, weight sync", "model"),
     "tokenizer": ("both tokenizers beside tiktoken, tokenizers and sentencepiece on --data TEXT", "tokenizer"),
+    "mpi": ("sums over ranks, and training on several against one; started by mpiexec", "mpi"),
 }
 """name -> (what it measures, module of anert.bench)."""
