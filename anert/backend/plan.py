@@ -57,8 +57,9 @@ class Plan:
         fields: dict[str, Any] = {"n_counters": len(self.counters)}
         for name in TABLES:
             table = native.ffi.from_buffer(f"anert_{name[:-1]}[]", self.tables[name])
-            if len(table) * native.ffi.sizeof(f"anert_{name[:-1]}") != len(self.tables[name]):
-                raise InputError(f"a plan's table of {name} has {len(self.tables[name])} bytes: no whole number of them")
+            given = len(self.tables[name])
+            if len(table) * native.ffi.sizeof(f"anert_{name[:-1]}") != given:
+                raise InputError(f"a plan's table of {name} has {given} bytes: no whole number of them")
             fields[name], fields[f"n_{name}"] = table, len(table)
         out = native.ffi.new("anert_plan **")
         call(native.lib.anert_plan_new, native.ffi.new("anert_plan_def *", fields), out)
