@@ -7,7 +7,7 @@
 #include "ane_apple.h"
 
 #define MODEL_PATH @"@model_path/"
-enum { QOS = 21, HEX_BYTES = 129, RETRY_MICROSECONDS = 100000 };
+enum { QOS = 21, HEX_BYTES = 129, LOAD_ATTEMPTS = 2, RETRY_MICROSECONDS = 100000 };
 
 static _Atomic int64_t compiles, loaded;
 
@@ -185,12 +185,12 @@ anert_status anert_ane_compile(anert_ane *ane, const char *text, size_t text_byt
 /* Both mutexes are held, here and below. */
 static anert_status load_staged(anert_ane_program *program, anert_error *err) {
     GUARDED
-    anert_status status = stage_write(program->hex, program->files, err);
-    if (status != ANERT_OK) return status;
     NSError *error = nil;
-    BOOL yes = [program->model loadWithQoS:QOS options:@{} error:&error];
-    if (!yes) { /* a slot is being reclaimed */
-        usleep(RETRY_MICROSECONDS);
+    BOOL yes = NO;
+    for (int attempt = 0; attempt < LOAD_ATTEMPTS && !yes; attempt++) {
+        if (attempt > 0) usleep(RETRY_MICROSECONDS); /* a slot is being reclaimed */
+        anert_status status = stage_write(program->hex, program->files, err); /* another process may have removed them */
+        if (status != ANERT_OK) return status;
         error = nil;
         yes = [program->model loadWithQoS:QOS options:@{} error:&error];
     }
