@@ -104,7 +104,8 @@ static anert_status take_blobs(const anert_ane_blob *blobs, int32_t n, NSMutable
     for (int32_t i = 0; i < n; i++) {
         NSString *path = blobs[i].path == NULL ? nil : [NSString stringWithUTF8String:blobs[i].path];
         NSString *name = blob_name(path);
-        if (name == nil || [weights objectForKey:path] != nil || (blobs[i].data == NULL && blobs[i].nbytes > 0))
+        bool whole = blobs[i].data != NULL || blobs[i].nbytes == 0;
+        if (path == nil || name == nil || [weights objectForKey:path] != nil || !whole)
             return anert_fail(err, ANERT_EINVAL, "blob %d, %s, is not a new file below @model_path/", i,
                               blobs[i].path == NULL ? "without a path" : blobs[i].path);
         NSData *data = [NSData dataWithBytes:blobs[i].data length:blobs[i].nbytes];
