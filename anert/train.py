@@ -322,6 +322,8 @@ class Trainer:
         yield from self.prepare()
         self.world.hint = f"the last checkpoint stays, go on from it by --resume {self.out}"
         yield self._started()
+        if self.world.rank == 0:
+            self.saver.reserve()
         reason = "steps"
         if math.isnan(self.val_first):
             yield from self._validate()
@@ -436,6 +438,7 @@ class Trainer:
         rank_ms = [0.0] * world.size
         rank_ms[world.rank] = (time.perf_counter() - start) * 1e3
         net.ms["allreduce"] = net.ms.get("allreduce", 0.0) + summing.finish()
+        self.store.grads_written()
         losses, *rank_ms = world.sum([losses, *rank_ms])
         return losses / self.accum / world.size, data_ms, tuple(rank_ms)
 
@@ -481,6 +484,7 @@ class Trainer:
                     yield Progress("validate", min(number * n, whole), whole, "tokens")
         total, count = world.sum([total, count])
         if world.size > 1:
+            self.net.settle()
             world.require_equal("weights", hashlib.sha256(self.store.master.data).hexdigest())
         if not count:
             return

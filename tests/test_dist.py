@@ -74,6 +74,7 @@ class TwoInOne(Trainer):
                 losses[rank] += net.loss_backward(tokens, targets, scale)
             sums.append(self.store.grads.copy())
         self.store.grads[...] = sums[0] + sums[1]
+        self.store.grads_written()
         return (losses[0] + losses[1]) / (self.accum // 2) / 2, 0.0, ()
 
 
