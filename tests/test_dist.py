@@ -60,6 +60,24 @@ def test_collectives(n, tmp_path):
     assert done.stdout.split() == ["rank", "done"] * n
 
 
+def test_sums_begin_behind_the_backward_pass(text, two, tmp_path):
+    """Once a step, in its last micro-batch; and the buckets' size changes no bit."""
+    done = ranks.run(2, "overlap", "run", *options(text, tmp_path / "run"), program=PROGRAM)
+    assert done.returncode == 0, done.stderr
+    begun = [int(n) for n in re.findall(r"rank \d: (\d+) buckets under way", done.stdout)]
+    assert len(begun) == 2 * STEPS and min(begun) >= 2
+    assert bits(tmp_path / "run") == bits(two[0])
+
+
+def test_all_ranks_go_back_together(text, tmp_path):
+    out = tmp_path / "run"
+    done = ranks.run(2, "astray", "run", *options(text, out, patience=2), program=PROGRAM)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000008, on with the data that follow (1 of 2 times)" in done.stdout
+    assert logged(out, "RunDone")[0]["summary"]["rollbacks"] == 1 and checkpoint.load(out).step == STEPS
+    assert checkpoint.load(out).state["data"]["windows"] == (STEPS + 4) * 8
+
+
 def test_ranks_that_differ_are_named():
     done = ranks.run(3, "differ", program=PROGRAM)
     assert len(re.findall(r"rank \d: weights of rank 1 differ from rank 0's", done.stdout)) == 3
