@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from anert import events as ev
 from anert.plot import Ema, History, Line, Span, bar, chart, sparkline
-from anert.report import PARTS, clock, count, flops, log_line, progress_text, rank_text, si, significant
+from anert.report import PARTS, SOMETIMES, clock, count, flops, log_line, progress_text, rank_text, si, significant
 
 PART_STYLES = dict.fromkeys(PARTS, "engine") | {"optimizer": "weights", "sync": "weights"}
 PART_STYLES |= {"data": "rest", "dashboard": "rest", "other": "rest"}
@@ -272,14 +272,15 @@ def _loss(s: State, width: int, height: int) -> list[Line]:
 
 def _step_legend(s: State) -> Line:
     ranks: Line = [(f"ranks {rank_text(s.step)}  ", "dim")] if s.step and s.step.rank_ms else []
-    return [*ranks, (f"{s.ms['step']:,.1f} ms", "")] if "step" in s.ms else []
+    saved: Line = [(f"{s.ms['overlapped']:,.1f} ms side by side  ", "dim")] if "overlapped" in s.ms else []
+    return [*ranks, *saved, (f"{s.ms['step']:,.1f} ms", "")] if "step" in s.ms else []
 
 
 def _parts(s: State, width: int) -> list[Line]:
     """A row each: name, bar (the longest part fills it), milliseconds, share of the step."""
     whole = s.ms.get("step", 0.0)
-    times = {name: s.ms.get(name, 0.0) for name in PARTS if name != "allreduce" or name in s.ms}
-    times["other"] = max(whole - sum(times.values()), 0.0)
+    times = {name: s.ms.get(name, 0.0) for name in PARTS if name not in SOMETIMES or name in s.ms}
+    times["other"] = max(whole + s.ms.get("overlapped", 0.0) - sum(times.values()), 0.0)
     longest = max(times.values()) or 1.0
     rows: list[Line] = []
     for name, value in times.items():

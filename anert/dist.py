@@ -73,8 +73,11 @@ class World(Protocol):
     def gradient_sum(self, grads: np.ndarray) -> GradientSum | None:
         """What sums `grads` over the ranks while the backward pass goes on; None where there is one rank."""
 
+    def wait_for_all(self) -> None:
+        """Until every rank is here, however long that takes."""
+
     def close(self) -> None:
-        """Wait for the others at the end; the job goes on to end well."""
+        """The end: wait for the others, so that none is missed while it still works."""
 
 
 class Solo:
@@ -100,6 +103,9 @@ class Solo:
 
     def gradient_sum(self, grads: np.ndarray) -> GradientSum | None:
         return None
+
+    def wait_for_all(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -132,13 +138,13 @@ class Mpi:
 
     def wait(self, requests: Sequence[Any], patience: float = PATIENCE_S) -> None:
         """Until all requests are done. The pulse ends the job meanwhile if a rank falls silent."""
-        start, pause = time.monotonic(), 0.0
+        start = time.monotonic()
         while not self.mpi.Request.Testall(requests):
-            time.sleep(pause)
-            pause = min(2 * pause or 2e-5, 1e-3)
-            if pause == 1e-3 and time.monotonic() - start > patience:
+            waited = time.monotonic() - start
+            time.sleep(min(waited / 20, 1e-2))  # a twentieth late at most, and no spinning beside the ranks at work
+            if waited > patience:
                 self.abort(
-                    1, f"{patience:.0f} s in a collective though every rank is alive: they disagree on what comes next"
+                    1, f"{patience:.0f} s in one collective though every rank is alive: they do not run the same"
                 )
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -196,8 +202,11 @@ class Mpi:
     def gradient_sum(self, grads: np.ndarray) -> GradientSum | None:
         return GradientSum(self, grads)
 
-    def close(self) -> None:
+    def wait_for_all(self) -> None:
         self.wait([self.comm.Ibarrier()], patience=float("inf"))
+
+    def close(self) -> None:
+        self.wait_for_all()
         self._pulse.stop()
         sys.excepthook = sys.__excepthook__
 

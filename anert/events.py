@@ -71,7 +71,11 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class StepDone(Event):
-    """One optimizer step. `ms` splits `step_ms` into report.PARTS: data, forward, head, backward, ..., dashboard."""
+    """One optimizer step. `ms` splits `step_ms` into report.PARTS: data, forward, head, backward, ..., dashboard.
+
+    Where engine and host work side by side, the parts together exceed `step_ms` by `ms["overlapped"]`. An update of
+    weights that goes along with the next step's forward counts there.
+    """
 
     step: int
     loss: float

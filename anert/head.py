@@ -73,9 +73,15 @@ class Head:
         """Mean cross-entropy in nats over targets >= 0, and their number."""
         return self._run(x, targets, None, 1.0)
 
-    def loss_backward(self, x: Location, targets: np.ndarray, dx: Location, scale: float) -> tuple[float, int]:
-        """The loss; dx = scale * gradient; norm and classifier gradients are added to, unscaled."""
-        return self._run(x, targets, dx, scale)
+    def loss_backward(self, x: Location, targets: np.ndarray, dx: Location, scale: float,
+                      fresh: bool = False) -> tuple[float, int]:  # fmt: skip
+        """The loss; dx = scale * gradient; norm and classifier gradients are added to, unscaled. `fresh`: the
+        classifier's is set, whatever it held."""
+        self.args.table_beta = 0.0 if fresh else 1.0
+        result = self._run(x, targets, dx, scale)
+        if self.output is not self.embedding:
+            self.output.squares = self.args.table_squares
+        return result
 
     def _run(self, x: Location, targets: np.ndarray, dx: Location | None, scale: float) -> tuple[float, int]:
         a = self.args

@@ -7,6 +7,7 @@ writes the other. Everything that a step does is a Task of one Schedule.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -144,7 +145,7 @@ class Network:
         )  # fmt: skip
         self._step = _Step(np.zeros(0, np.int32), np.zeros(0, np.int32))
         self._fresh: set[str] = set()
-        self._gemm_params: set[str] = set()
+        self._gemm_params = {self.head.output.name}
         self.flops_recipes = 0
         self._scratch: dict[tuple[Any, ...], Surface] = {}
         self.x = [self._dense("x")]
@@ -307,7 +308,7 @@ class Network:
                 if kinds[r.param] == {"gemm"}:
                     self._gemm_params.add(name)
                 left, right = (tap, cot) if r.swap else (cot, tap)
-                run = self._gemm_recipe(name, left, right, dw, p.rows, p.cols)
+                run = self._gemm_recipe(p, left, right)
             elif r.kind == "rowsum":
                 run = self._rowsum_recipe(tap, cot, dw)
             else:
@@ -316,12 +317,13 @@ class Network:
             tasks.append(Task("weight_grads", HOST, run, reads, (p,)))
         return tasks
 
-    def _gemm_recipe(self, name: str, left: Location, right: Location, dw: Any, rows: int,
-                     cols: int) -> Callable[[], None]:  # fmt: skip
+    def _gemm_recipe(self, p: Param, left: Location, right: Location) -> Callable[[], None]:
         """dw (rows, cols) += left (rows, n) right (cols, n)^T / loss scale."""
-        a, b = left.matrix(), right.matrix(transposed=True)
-        c = ffi.ffi.new("anert_matrix *", (dw, ffi.lib.ANERT_F32, cols, 1, 0))[0]
-        n, pool, gemm = left.slot.cols, self.runtime.pool.ptr, ffi.lib.anert_gemm
+        assert p.grad is not None
+        a, b, dw = left.matrix(), right.matrix(transposed=True), ffi.ffi.cast("float *", p.grad.ctypes.data)
+        name, rows, cols, n = p.name, p.rows, p.cols, left.slot.cols
+        pool, gemm, squares = self.runtime.pool.ptr, ffi.lib.anert_gemm_grad, ffi.ffi.new("double *")
+        alone = name in self._gemm_params
         precision = ffi.lib.ANERT_BF16 if self.runtime.precision == "bf16" else ffi.lib.ANERT_F32
         step, fresh, error = self._step, self._fresh, ffi.error()
         self.flops_recipes += 2 * rows * cols * n
@@ -331,7 +333,9 @@ class Network:
             if name in fresh:
                 fresh.discard(name)
                 beta = 0.0
-            call(gemm, pool, precision, 1, rows, cols, n, 1.0 / step.scale, a, b, beta, c, err=error)
+            call(gemm, pool, precision, rows, cols, n, 1.0 / step.scale, a, b, beta, dw, squares, err=error)
+            if alone:
+                p.squares = squares[0]
 
         return run
 
@@ -366,14 +370,18 @@ class Network:
 
     def _run_loss_backward(self) -> None:
         step = self._step
-        step.loss, step.count = self.head.loss_backward(self.x[-1], step.targets, self.dx, step.scale)
+        fresh = self.head.output.name in self._fresh
+        self._fresh.discard(self.head.output.name)
+        step.loss, step.count = self.head.loss_backward(self.x[-1], step.targets, self.dx, step.scale, fresh)
 
     def _run_embed_backward(self) -> None:
         self.head.embed_backward(self._step.tokens, self.dx0, 1.0 / self._step.scale)
 
     def zero_grad(self) -> None:
-        """Begin an accumulation window: gradients that one GEMM overwrites first are not cleared, all others are."""
+        """Begin an accumulation window: gradients that a GEMM overwrites first are not cleared, all others are."""
         self._fresh.update(self._gemm_params)
+        for p in self.store.values():
+            p.squares = math.nan
         for p in self._plain:
             self._unclear.add(p.name)
             if p.name not in self._due:

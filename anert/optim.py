@@ -47,11 +47,18 @@ class Optimizer:
         self._sum, self._finite = ffi.ffi.new("double *"), ffi.ffi.new("int32_t *")
 
     def grad_norm(self) -> tuple[float, bool]:
-        """Global L2 norm of the gradients (float64 sum in fixed order), and whether all are finite."""
-        grads = self.store.grads
-        assert grads is not None
-        call(ffi.lib.anert_sum_squares, self.store.pool.ptr, _float(grads), grads.size, self._sum, self._finite)
-        return math.sqrt(self._sum[0]) if self._sum[0] >= 0 else math.nan, bool(self._finite[0])
+        """Global L2 norm of the gradients (float64 sum in fixed order), and whether all are finite. Reads those alone
+        that were not summed up when they were written."""
+        total = 0.0
+        for p in self.store.values():
+            squares, p.squares = p.squares, math.nan
+            if not math.isfinite(squares):
+                call(
+                    ffi.lib.anert_sum_squares, self.store.pool.ptr, _float(p.grad), p.spec.size, self._sum, self._finite
+                )
+                squares = self._sum[0]
+            total += squares
+        return math.sqrt(total) if total >= 0 else math.nan, math.isfinite(total)
 
     def step(self, lr: float, grad_scale: float) -> int:
         """Update all Params with gradients times `grad_scale`; returns how many weights were clamped on their way to

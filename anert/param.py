@@ -64,6 +64,8 @@ class Param:
         self.grad: np.ndarray | None = None
         self.m: np.ndarray | None = None
         self.v: np.ndarray | None = None
+        self.squares = math.nan
+        """Sum of squares of `grad`, if what wrote it last has summed them up; whoever else writes it says NaN."""
         self.placements: list[tuple[Surface, Slot]] = []
         self.encoded: Surface | None = None
         """An int8 copy (anert_q8_encode); optimizers do not write it, `ParamStore.sync` does."""
@@ -223,6 +225,11 @@ class ParamStore(Mapping[str, Param]):
         weights = {name: view(flats[0], p) for name, p in self.items()}
         kinds = list(zip(("m", "v"), flats[1:], strict=False))
         return weights, {f"{name}.{kind}": view(flat, p) for name, p in self.items() for kind, flat in kinds}
+
+    def grads_written(self) -> None:
+        """Say that gradients were written by other than what sums their squares on the way."""
+        for p in self.values():
+            p.squares = math.nan
 
     def load_moments(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Copy moments that `named` gave back. InputError names what is missing or misshapen."""

@@ -19,8 +19,10 @@ from typing import Any, Protocol, TextIO
 from anert import events as ev
 from anert.errors import NativeError
 
-PARTS = ("forward", "head", "backward", "weight_grads", "allreduce", "optimizer", "sync", "data", "dashboard")
-"""The parts of a step in the order in which they run; StepDone.ms has them by name. `allreduce`: several ranks only."""
+PARTS = ("forward", "head", "backward", "weight_grads", "copy", "allreduce", "optimizer", "sync", "data", "dashboard")
+"""The parts of a step in the order in which they run; StepDone.ms has them by name."""
+SOMETIMES = ("copy", "allreduce")
+"""Parts that only some runs have: between packed surfaces, between ranks."""
 
 
 class UI(Protocol):

@@ -80,6 +80,11 @@ typedef struct {
 } anert_matrix;
 anert_status anert_gemm(anert_pool *pool, int32_t precision, int64_t batch, int64_t m, int64_t n, int64_t k,
                         float alpha, anert_matrix a, anert_matrix b, float beta, anert_matrix c, anert_error *err);
+/* A weight's gradient, dw = beta dw + alpha A B, dw (m, n) fp32 contiguous. *squares is the sum of squares of dw as written,
+ * the same for every number of threads; inf or NaN if dw holds one (or magnitudes past 1e19). Large gradients go past the
+ * caches, which will not keep them until the optimizer comes. */
+anert_status anert_gemm_grad(anert_pool *pool, int32_t precision, int64_t m, int64_t n, int64_t k, float alpha, anert_matrix a,
+                             anert_matrix b, float beta, float *dw, double *squares, anert_error *err);
 
 /* ---- int8 weights (Q8): (rows, cols) in groups of 32 columns that share a scale; quant.c has the layout ----
  * C = beta C + alpha A B with A encoded: a single column of B is quantised too, by groups of 32; several are not. Bits do
@@ -153,12 +158,14 @@ typedef struct {
     uint16_t *dx;              /* (dim, n) fp16 out, or NULL: loss alone */
     int64_t dx_stride;
     float *dgain;              /* (dim) fp32, added to; may be NULL */
-    float *dtable;             /* (vocab, dim) fp32, added to; may be NULL */
+    float *dtable;             /* (vocab, dim) fp32, may be NULL: set if table_beta is 0, added to if it is 1 */
+    float table_beta;
+    double table_squares;      /* out: sum of squares of dtable as written */
     void *scratch;             /* anert_head_scratch bytes, 64-byte aligned */
 } anert_head_args;
 size_t anert_head_scratch(int64_t vocab, int64_t dim, int64_t n, int32_t threads);
 /* *loss: mean cross-entropy over targets >= 0, in nats (float64 sum in position order); *count: how many they are. */
-anert_status anert_head_loss(anert_pool *pool, const anert_head_args *args, double *loss, int64_t *count,
+anert_status anert_head_loss(anert_pool *pool, anert_head_args *args, double *loss, int64_t *count,
                              anert_error *err);
 /* logits (n_out, vocab) fp32 of the positions columns[0..n_out). */
 anert_status anert_head_logits(anert_pool *pool, const anert_head_args *args, const int32_t *columns, int64_t n_out,

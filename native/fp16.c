@@ -33,8 +33,10 @@ void anert_fp16_turn_block(const uint16_t *src, size_t ss, uint16_t *dst, size_t
 
 static size_t count_past(const float *src, size_t n) { return anert_count_past(src, n); }
 
+static void stream(const uint16_t *src, uint16_t *dst, size_t n) { memcpy(dst, src, n * sizeof *dst); }
+
 static const anert_fp16_kernels scalar = {anert_fp16_down,     anert_fp16_up,         anert_fp16_down_block,
-                                          anert_fp16_up_block, anert_fp16_turn_block, count_past};
+                                          anert_fp16_up_block, anert_fp16_turn_block, count_past, stream};
 
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa) {
     switch (anert_isa_vectors(isa)) {

@@ -116,5 +116,8 @@ static void turn_block_neon(const uint16_t *src, size_t ss, uint16_t *dst, size_
 
 static size_t count_neon(const float *src, size_t n) { return anert_count_past(src, n); }
 
-const anert_fp16_kernels anert_fp16_neon = {down_neon, up_neon, down_block_neon, up_block_neon, turn_block_neon, count_neon};
+static void stream_neon(const uint16_t *src, uint16_t *dst, size_t n) { memcpy(dst, src, n * sizeof *dst); }
+
+const anert_fp16_kernels anert_fp16_neon = {down_neon, up_neon, down_block_neon, up_block_neon, turn_block_neon, count_neon,
+                                            stream_neon};
 #endif

@@ -94,7 +94,18 @@ AVX2 static void turn_block_avx2(const uint16_t *src, size_t ss, uint16_t *dst, 
 
 AVX2 static size_t count_avx2(const float *src, size_t n) { return anert_count_past(src, n); }
 
-const anert_fp16_kernels anert_fp16_avx2 = {down_avx2, up_avx2, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx2};
+AVX2 static void stream_avx2(const uint16_t *src, uint16_t *dst, size_t n) {
+    size_t i = 0;
+    for (; i < n && ((uintptr_t)(dst + i) & 31) != 0; i++)
+        dst[i] = src[i];
+    for (; i + 16 <= n; i += 16)
+        _mm256_stream_si256((__m256i *)(dst + i), _mm256_loadu_si256((const __m256i *)(src + i)));
+    memcpy(dst + i, src + i, (n - i) * sizeof *dst);
+    _mm_sfence();
+}
+
+const anert_fp16_kernels anert_fp16_avx2 = {down_avx2, up_avx2, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx2,
+                                            stream_avx2};
 
 AVX512 static void down_avx512(const float *src, uint16_t *dst, size_t n) {
     size_t i = 0;
@@ -113,5 +124,6 @@ AVX512 static void up_avx512(const uint16_t *src, float *dst, size_t n) {
 AVX512 static size_t count_avx512(const float *src, size_t n) { return anert_count_past(src, n); }
 
 /* Transposes are bound by their loads and stores of 8 halves: the AVX2 ones serve. */
-const anert_fp16_kernels anert_fp16_avx512 = {down_avx512, up_avx512, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx512};
+const anert_fp16_kernels anert_fp16_avx512 = {down_avx512, up_avx512, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx512,
+                                              stream_avx2};
 #endif

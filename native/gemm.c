@@ -19,7 +19,9 @@ enum {
     MIN_COLS = 64,
     COLUMN_BYTES = 1 << 16,   /* of A per task when n = 1 */
     SCRATCH_SLOT = 0,
-    SHARED_SLOT = 5
+    SHARED_SLOT = 5,
+    SQUARES_SLOT = 6,
+    STREAMED = 1 << 18         /* elements of a gradient from which on caches would not keep it */
 };
 #define SERIAL_FLOPS 2e6 /* below, waking a thread costs more than it saves */
 #define SERIAL_BYTES 2e5 /* the same when n = 1 */
@@ -54,6 +56,7 @@ typedef struct {
     int64_t group_batch, group_cols;            /* of B, packed at a time */
     int64_t first_batch, batches, first_col, cols; /* the group that is being computed */
     float *b_panels;                            /* (batch, block of k, panel) */
+    int32_t threads;
     int64_t task_rows, task_cols, row_tasks, col_tasks, tasks;
     size_t scratch; /* bytes per thread, without shared panels */
     anert_pool *pool;
@@ -143,6 +146,24 @@ static void pack_columns(const problem *p, int64_t index) {
     p->kernel->pack_b(&b, MIN(pack_cols(p), p->cols - col), depth, panels);
 }
 
+/* What the thread will most likely pack next: the task's rows in the next block of k, or those of the task that it takes when
+ * all threads are equally fast. */
+static gemm_ahead next_rows(const problem *p, int64_t batch, int64_t row, int64_t k, int64_t steps) {
+    k += p->depth;
+    if (k >= p->k) {
+        k = 0;
+        row += p->task_rows * p->threads;
+    }
+    int64_t rows = MIN(p->task_rows, p->m - row), depth = MIN(p->depth, p->k - k), size = p->a.dtype == ANERT_F32 ? 4 : 2;
+    if (rows <= 0 || steps == 0 || (p->a.col_stride != 1 && p->a.row_stride != 1))
+        return (gemm_ahead){0};
+    bool along_k = p->a.col_stride == 1;
+    gemm_ahead ahead = {.run = at(p->a, p->first_batch + batch, row, k), .runs = along_k ? rows : depth,
+                        .bytes = (along_k ? depth : rows) * size, .stride = (along_k ? p->a.row_stride : p->a.col_stride) * size};
+    ahead.per_step = divide_up(ahead.runs * divide_up(ahead.bytes, 64), steps);
+    return ahead;
+}
+
 /* (row, col): where the block lies in C, in units of register tiles for p->squares. */
 static void multiply_panels(const problem *p, int64_t words, const float *a, const float *b, int64_t row, int64_t col,
                             int64_t rows, int64_t cols, gemm_out out) {
@@ -174,7 +195,9 @@ static void multiply_block(const problem *p, int64_t batch, int64_t row, int64_t
         int64_t depth = MIN(p->depth, p->k - k), words = block_words(kernel, depth);
         gemm_operand a = rows_of(p, p->a, p->first_batch + batch, row, p->m - row, k);
         kernel->pack_a(&a, rows, depth, a_panels);
-        gemm_out out = {.sums = p->k > p->depth ? sums : NULL, .sums_stride = sums_stride, .first = k == 0,
+        int64_t tiles = divide_up(rows, kernel->mr) * divide_up(cols, kernel->nr);
+        gemm_ahead ahead = next_rows(p, batch, row, k, tiles * (words / kernel->step));
+        gemm_out out = {.ahead = &ahead, .sums = p->k > p->depth ? sums : NULL, .sums_stride = sums_stride, .first = k == 0,
                         .last = k + depth >= p->k, .alpha = p->alpha, .beta = p->beta, .stream = p->stream,
                         .c = at(p->c, p->first_batch + batch, row, c_col), .dtype = p->c.dtype,
                         .row_stride = p->c.row_stride, .col_stride = p->c.col_stride};
@@ -235,6 +258,7 @@ static void cut(problem *p, int32_t threads) {
                 cols /= 2;
         }
     }
+    p->threads = threads;
     p->row_tasks = divide_up(p->m, p->task_rows);
     p->col_tasks = divide_up(p->cols, p->task_cols);
     p->tasks = p->batches * p->row_tasks * p->col_tasks;
@@ -309,7 +333,7 @@ void anert_gemm_serial(int32_t isa, int32_t precision, int64_t m, int64_t n, int
     }
 }
 
-/* ---- The public entry ---- */
+/* ---- The public entries ---- */
 
 static void pack_body(void *arg, int64_t index, int32_t thread) {
     (void)thread;
@@ -436,4 +460,43 @@ anert_status anert_gemm(anert_pool *pool, int32_t precision, int64_t batch, int6
         return status;
     problem p = oriented(kernel_for(anert_pool_isa(pool), precision), precision, batch, m, n, k, alpha, a, b, beta, c);
     return multiply(&p, pool, err);
+}
+
+/* ---- A gradient: C is written past the caches, and its squares summed up on the way ---- */
+
+static double sum_of_squares(const float *x, int64_t n) {
+    double sum = 0.0;
+    for (int64_t i = 0; i < n; i++)
+        sum += (double)x[i] * (double)x[i];
+    return sum;
+}
+
+anert_status anert_gemm_grad(anert_pool *pool, int32_t precision, int64_t m, int64_t n, int64_t k, float alpha, anert_matrix a,
+                             anert_matrix b, float beta, float *dw, double *squares, anert_error *err) {
+    anert_matrix c = {dw, ANERT_F32, n, 1, 0};
+    anert_status status = check(pool, precision, 1, m, n, k, alpha, a, b, beta, c, err);
+    if (status == ANERT_OK && squares == NULL)
+        status = anert_fail(err, ANERT_EINVAL, "gemm: squares is NULL");
+    if (status != ANERT_OK)
+        return status;
+    *squares = 0.0;
+    if (m == 0 || n == 0)
+        return ANERT_OK;
+    problem p = oriented(kernel_for(anert_pool_isa(pool), precision), precision, 1, m, n, k, alpha, a, b, beta, c);
+    int64_t tiles = divide_up(p.m, p.kernel->mr) * divide_up(p.n, p.kernel->nr);
+    anert_pool_enter(pool);
+    if (p.n != 1) {
+        p.squares = anert_pool_scratch(pool, 0, SQUARES_SLOT, (size_t)tiles * sizeof(float));
+        if (p.squares == NULL)
+            status = anert_fail(err, ANERT_ENOMEM, "gemm: no memory for %lld sums of squares", (long long)tiles);
+        p.stream = beta == 0.0f && m * n >= STREAMED && (uintptr_t)dw % 64 == 0 && n % 16 == 0;
+    }
+    if (status == ANERT_OK)
+        status = multiply(&p, pool, err);
+    if (status == ANERT_OK && p.n == 1)
+        *squares = sum_of_squares(dw, m * n);
+    for (int64_t i = 0; status == ANERT_OK && p.n != 1 && i < tiles; i++)
+        *squares += (double)p.squares[i];
+    anert_pool_leave(pool);
+    return status;
 }

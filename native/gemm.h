@@ -15,6 +15,26 @@ typedef struct {
     int64_t count, stride, k_stride;
 } gemm_operand;
 
+/* Memory that a later block of A will be packed from: `runs` runs of `bytes`, `stride` apart. A kernel faster than memory asks
+ * for `per_step` lines of it in every step of k. */
+typedef struct {
+    const char *run;
+    int64_t runs, bytes, stride, at; /* at: within the run */
+    int64_t per_step;
+} gemm_ahead;
+
+static inline void ask_ahead(gemm_ahead *a) {
+    for (int64_t i = 0; i < a->per_step && a->runs > 0; i++) {
+        __builtin_prefetch(a->run + a->at, 0, 2);
+        a->at += 64;
+        if (a->at >= a->bytes) {
+            a->at = 0;
+            a->run += a->stride;
+            a->runs--;
+        }
+    }
+}
+
 /* Where a register tile of C goes. sums: fp32 partial sums of whole tiles, used unless one block covers k. */
 typedef struct {
     float *sums;
@@ -25,6 +45,7 @@ typedef struct {
     int32_t dtype;
     int64_t row_stride, col_stride, rows, cols; /* of C, and how much of the tile lies inside it */
     float *squares; /* NULL, or where the sum of squares of the tile's part of C goes (C is F32) */
+    gemm_ahead *ahead;
     bool stream;    /* C is written past the caches: F32, aligned to 64 bytes, beta 0 */
 } gemm_out;
 

@@ -148,6 +148,7 @@ AMX_FN void tile_amx(int64_t words, const float *a, const float *b, const gemm_o
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(5, a + A_TILE, ROW_BYTES);
         _tile_dpbf16ps(2, 5, 6);
+        ask_ahead(out->ahead);
         _tile_dpbf16ps(3, 5, 7);
     }
     float tile[MR * NR] __attribute__((aligned(64)));

@@ -125,7 +125,7 @@ size_t anert_head_scratch(int64_t vocab, int64_t dim, int64_t n, int32_t threads
 /* ---- Loss ---- */
 
 typedef struct {
-    const anert_head_args *a;
+    anert_head_args *a;
     const anert_head_kernels *k;
     head_scratch s;
     int64_t first, cols; /* the chunk: positions [first, first + cols) */
@@ -204,7 +204,7 @@ static void join(head_job *j, double weight, double *loss) {
 
 /* dlogits in place, then dtable += alpha dlogits h^T, dh = table^T dlogits, and through the norm to dx and dgain. */
 static anert_status chunk_back(anert_pool *pool, head_job *j, double weight, anert_error *err) {
-    const anert_head_args *a = j->a;
+    anert_head_args *a = j->a;
     anert_parallel_for(pool, vocab_blocks(a->vocab), soft_block, j);
     for (int64_t t = 0; t < j->cols; t++)
         if (a->targets[j->first + t] >= 0)
@@ -212,8 +212,9 @@ static anert_status chunk_back(anert_pool *pool, head_job *j, double weight, ane
     anert_matrix dlogits = matrix(j->s.logits, ANERT_F32, j->cols, 1);
     anert_status status = ANERT_OK;
     if (a->dtable)
-        status = anert_gemm(pool, a->precision, 1, a->vocab, a->dim, j->cols, a->grad_alpha, dlogits,
-                            matrix(j->s.h, ANERT_F32, 1, j->cols), 1.0f, matrix(a->dtable, ANERT_F32, a->dim, 1), err);
+        status = anert_gemm_grad(pool, a->precision, a->vocab, a->dim, j->cols, a->grad_alpha, dlogits,
+                                 matrix(j->s.h, ANERT_F32, 1, j->cols), j->first == 0 ? a->table_beta : 1.0f, a->dtable,
+                                 &a->table_squares, err);
     if (!status)
         status = anert_gemm(pool, a->precision, 1, a->dim, j->cols, a->vocab, 1.0f, matrix(a->table, ANERT_F16, 1, a->dim), dlogits,
                             0.0f, matrix(j->s.dh, ANERT_F32, j->cols, 1), err);
@@ -236,7 +237,7 @@ static anert_status check_args(anert_pool *pool, const anert_head_args *a, anert
     return ANERT_OK;
 }
 
-anert_status anert_head_loss(anert_pool *pool, const anert_head_args *args, double *loss, int64_t *count, anert_error *err) {
+anert_status anert_head_loss(anert_pool *pool, anert_head_args *args, double *loss, int64_t *count, anert_error *err) {
     anert_status status = check_args(pool, args, err);
     if (!status && (!args->targets || !loss || !count))
         status = anert_fail(err, ANERT_EINVAL, "head: targets, loss and count must not be NULL");

@@ -42,7 +42,8 @@ int32_t anert_isa_best(void); /* what ANERT_ISA_AUTO means here */
 int32_t anert_isa_vectors(int32_t isa); /* what an instruction set computes vectors with: AMX and AVX512BF16 are AVX512 */
 /* Per-thread scratch that grows and stays: at least nbytes, 64-byte aligned; NULL if memory was not granted. Call it for
  * all threads before entering a parallel region. slot separates users that nest (gemm 0, tile 1, plan 2,
- * head 3, optim 4, gemm's shared panels 5). */
+ * head 3, optim 4, gemm's shared panels 5,
+ * its squares 6). */
 void *anert_pool_scratch(anert_pool *pool, int32_t thread, int32_t slot, size_t nbytes);
 
 /* fp16.c: row converters of one instruction set, any alignment, any n >= 0. */
@@ -54,6 +55,7 @@ typedef struct {
     void (*transpose_f16_to_f32)(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols);
     void (*transpose)(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
     size_t (*count_past)(const float *src, size_t n); /* how many magnitudes exceed 65504; NaN does not */
+    void (*stream)(const uint16_t *src, uint16_t *dst, size_t n); /* a copy past the caches, made visible before it returns */
 } anert_fp16_kernels;
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa); /* isa resolved, not AUTO */
 /* f32_to_f16 with everything past +-65504, inf too but not NaN, written as +-65504; returns how many those were. */

@@ -7,7 +7,7 @@
 
 #include "internal.h"
 
-enum { LANES = 16, CHUNK = 1 << 14, WIDE = 1 << 17, BLOCK = 64, ROW_PART = 1024, SERIAL = 1 << 15, SLOT = 4 };
+enum { LANES = 16, STRIP = 64, AHEAD = 512, STREAMED = 1 << 20, CHUNK = 1 << 14, WIDE = 1 << 17, BLOCK = 64, ROW_PART = 1024, SERIAL = 1 << 15, SLOT = 4 };
 
 /* ---- Loops ---- */
 typedef struct {
@@ -22,8 +22,8 @@ typedef struct {
 
 #define LOOP static inline __attribute__((always_inline))
 
-LOOP void adamw_loop(float *restrict p, float *restrict m, float *restrict v, const float *restrict g, size_t n,
-                     const update *u) {
+LOOP void adamw_strip(float *restrict p, float *restrict m, float *restrict v, const float *restrict g, size_t n,
+                      const update *u) {
     update k = *u;
     for (size_t i = 0; i < n; i++) {
         float grad = g[i] * k.grad_scale;
@@ -33,6 +33,22 @@ LOOP void adamw_loop(float *restrict p, float *restrict m, float *restrict v, co
         v[i] = second;
         p[i] = p[i] * k.decay - k.step * first / (sqrtf(second) * k.root + k.eps);
     }
+}
+
+LOOP void adamw_loop(float *restrict p, float *restrict m, float *restrict v, const float *restrict g, size_t n,
+                     const update *u) {
+    const update k = *u;
+    size_t whole = n / STRIP * STRIP;
+    for (size_t i = 0; i < whole; i += STRIP) { /* four streams are more than hardware prefetchers keep up with */
+        for (size_t line = 0; line < STRIP; line += 16) {
+            __builtin_prefetch(p + i + AHEAD + line, 1);
+            __builtin_prefetch(m + i + AHEAD + line, 1);
+            __builtin_prefetch(v + i + AHEAD + line, 1);
+            __builtin_prefetch(g + i + AHEAD + line);
+        }
+        adamw_strip(p + i, m + i, v + i, g + i, STRIP, &k);
+    }
+    adamw_strip(p + whole, m + whole, v + whole, g + whole, n - whole, &k);
 }
 
 LOOP void lion_loop(float *restrict p, float *restrict m, const float *restrict g, size_t n, const update *u) {
@@ -147,6 +163,7 @@ typedef struct {
     const anert_placement *placements;
     int32_t n_placements;
     uint16_t *wide; /* (threads, WIDE), or NULL: tiles hold a CHUNK */
+    void (*copy)(const uint16_t *src, uint16_t *dst, size_t n);
     bool vector; /* a Param of one column, laid as one row: the placements' strides are swapped */
     _Atomic uint64_t clamped;
 } pass;
@@ -163,6 +180,8 @@ static anert_placement placement_of(const pass *job, int32_t i) {
 
 static bool is_straight(anert_placement to) { return to.col_stride == 1 && to.broadcast == 1; }
 static bool is_transposed(anert_placement to) { return to.row_stride == 1 && to.broadcast == 1; }
+
+static void copy_row(const uint16_t *src, uint16_t *dst, size_t n) { memcpy(dst, src, n * sizeof *dst); }
 
 /* halves (rows, cols) with row stride hs go to `to`, wherever its strides lead. */
 static void place_anywhere(const uint16_t *halves, int64_t hs, anert_placement to, int64_t rows, int64_t cols) {
@@ -191,7 +210,7 @@ static void place(const pass *job, bool straight, const uint16_t *halves, int64_
             continue;
         to.base += row * to.row_stride + col * to.col_stride;
         if (straight)
-            memcpy(to.base, halves, (size_t)cols * sizeof *halves); /* one row */
+            job->copy(halves, to.base, (size_t)cols); /* one row */
         else if (is_transposed(to))
             place_transposed(job, halves, job->tile_cols, to, rows, cols);
         else
@@ -285,6 +304,7 @@ static void run_pass(anert_pool *pool, pass *job, uint64_t *clamped) {
     if (job->rows > 0 && job->cols > 0) {
         job->loops = loops_for(anert_pool_isa(pool));
         job->fp16 = anert_fp16_kernels_for(anert_pool_isa(pool));
+        job->copy = job->rows * job->cols >= STREAMED ? job->fp16->stream : copy_row;
         anert_pool_enter(pool);
         cut_tiles(pool, job, blocked);
         int64_t down = (job->rows + job->tile_rows - 1) / job->tile_rows;

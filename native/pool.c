@@ -7,6 +7,9 @@
  * fork: a child has the pool but not its threads. It computes on its calling thread alone, with the same bits. */
 #include <pthread.h>
 #include <stdlib.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #include <unistd.h>
 
 #include "internal.h"
@@ -16,6 +19,7 @@
 #endif
 
 enum { SPIN = 2000, MAX_THREADS = 1024, SLOTS = 8 };
+#define HUGE_PAGE ((size_t)2 << 20)
 #define CLOSED UINT32_MAX /* as an index: nothing to claim */
 
 typedef struct {
@@ -279,10 +283,14 @@ void *anert_pool_scratch(anert_pool *pool, int32_t thread, int32_t slot, size_t 
         return NULL;
     block *held = &pool->scratch[thread * SLOTS + slot];
     if (held->data == NULL || held->size < nbytes) {
-        size_t size = ROUND_UP(MAX(nbytes, (size_t)64), (size_t)64);
+        size_t align = nbytes < HUGE_PAGE ? 64 : HUGE_PAGE, size = ROUND_UP(MAX(nbytes, (size_t)64), align);
         void *data = NULL;
-        if (size < nbytes || posix_memalign(&data, 64, size) != 0)
+        if (size < nbytes || posix_memalign(&data, align, size) != 0)
             return NULL;
+#if defined(__linux__)
+        if (align == HUGE_PAGE)
+            madvise(data, size, MADV_HUGEPAGE);
+#endif
         free(held->data);
         *held = (block){data, size};
     }

@@ -20,7 +20,16 @@ from anert import capabilities
 from anert.backend.ane import FLOOR_NS, AneBackend, AneSurface
 from anert.backend.cpu import CpuBackend
 from anert.capabilities import ANE
-from anert.errors import BackendUnavailable, CompileError, EngineError, EngineRefused, ShapeError, StateError
+from anert.decode import Session
+from anert.errors import (
+    BackendUnavailable,
+    CompileError,
+    EngineError,
+    EngineRefused,
+    ShapeError,
+    StateError,
+    UnsupportedError,
+)
 from anert.mil import ops
 from anert.mil.graph import Function
 from anert.mil.text import parse, print_module
@@ -199,6 +208,13 @@ def test_bad_text_never_reaches_the_engine(fake_ane):
     assert fake.counts().compiles == 0
 
 
+def test_encoded_weights_are_refused(fake_ane):
+    fake = fake_ane()
+    with pytest.raises(UnsupportedError, match="backend 'ane' takes fp16 weights: int8 weights are for backend 'cpu'"):
+        backend_of(fake).compile(doubled(), encodings={"i00_a": "int8"})
+    assert fake.counts().compiles == 0
+
+
 def test_compiles_are_budgeted_for_the_process(fake_ane):
     fake = fake_ane()
     first = backend_of(fake)
@@ -345,6 +361,31 @@ def test_head_and_amax_and_blame_lock_what_they_read(fake_ane, stories):
     net.store.sync()
     net.loss(tokens, targets)
     assert "layer 1, block ffn" in net.name_nonfinite()
+
+
+def test_decoding_has_the_logits_of_backend_cpu(fake_ane, stories):
+    fake = fake_ane(seal=1)
+    model = model_of(stories, seq_len=64)
+    ids = np.random.default_rng(1).integers(0, model.config.vocab_size, 40)
+
+    def logits(backend):
+        rt = Runtime("cpu", "fp32", threads=1)
+        rt.backend = backend
+        store = ParamStore(rt.heap, rt.pool, model.specs(), False)
+        store.initialise(3)
+        session = Session(rt, model, store)
+        store.sync()
+        rows = [session.extend(ids), session.extend(ids[:1])]
+        session.rewind(35)
+        return [*rows, session.extend(ids[35:])]
+
+    want = logits(cpu())
+    assert all(np.array_equal(a, b) for a, b in zip(logits(backend_of(fake)), want, strict=True))
+    assert np.array_equal(want[0], want[2])
+    with pytest.raises(UnsupportedError, match="int8"):
+        rt = Runtime("cpu", "fp32", threads=1)
+        rt.backend = backend_of(fake)
+        Session(rt, model, ParamStore(rt.heap, rt.pool, model.specs(), False), weights="int8")
 
 
 # ---- which backend

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from anert import capabilities
+from anert import capabilities, checkpoint
 from anert.backend.cpu import CpuBackend
 from anert.capabilities import ANE
+from anert.errors import EngineError
 from anert.events import RunStarted, StepDone, Validated
 from anert.plugin import load
 from anert.runtime import Runtime
@@ -89,3 +90,20 @@ def test_a_run_has_the_losses_of_backend_cpu(fake_ane, stories, corpus, tmp_path
     assert len(losses) == STEPS and losses == wanted[0]
     assert validation == wanted[1] and losses[-1] < losses[0] - 1
     assert set(texts) == set(fake.compiler.texts) and summary["compiles"] == wanted[3]["compiles"]
+
+
+def test_an_engine_that_fails_ends_the_run_and_leaves_the_checkpoint(fake_ane, stories, corpus, tmp_path, monkeypatch,
+                                                                     probed):  # fmt: skip
+    fake = fake_ane()
+    monkeypatch.setenv("ANERT_ANE_FRAMEWORK", fake.path)
+    text, tokenizer = corpus
+    options = TrainOptions(steps=20, data=str(text), tokenizer=str(tokenizer), out=str(tmp_path), eval_every=0,
+                           eval_tokens=256, sample_every=0, save_every=2, backend="ane", threads=1)  # fmt: skip
+    seen = []
+    with pytest.raises(EngineError, match=r"step 6: the engine refuses to evaluate.*code 8.*stays at .*step-0000000"):
+        for event in train(stories, "tiny", stories.preset("tiny").config, options, lambda: False):
+            seen.append(event)
+            if isinstance(event, StepDone) and event.step == 5:
+                fake.set(evaluate_failures=1)
+    assert [e.step for e in seen if isinstance(e, StepDone)] == [1, 2, 3, 4, 5]
+    assert checkpoint.load(tmp_path).step in (2, 4)

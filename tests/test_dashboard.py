@@ -233,6 +233,24 @@ def test_more_compiles_than_kernels_raise_the_alarm() -> None:
         assert (f"  {compiles}/1000 compiles", style) in header
 
 
+def test_parts_that_overlap_and_copies_are_shown_where_there_are_any() -> None:
+    ms = {
+        "data": 1.0,
+        "forward": 30.0,
+        "head": 4.0,
+        "backward": 40.0,
+        "weight_grads": 50.0,
+        "optimizer": 9.0,
+        "copy": 5.0,
+    }
+    one = fake_run.step(1, ms={**ms, "overlapped": 60.0}, step_ms=82.0)
+    lines = text(frame(board([fake_run.started(), one]).snapshot(), 140, 40))
+    assert "60.0 ms side by side  82.0 ms" in lines
+    assert re.search(r"copy +\S+ +5\.0 ms +6\.1%", lines) and re.search(r"other +\S+ +3\.0 ms", lines)
+    plain = text(frame(board([fake_run.started(), fake_run.step(1)]).snapshot(), 140, 40))
+    assert "side by side" not in plain and "copy" not in plain
+
+
 def test_a_loss_that_is_nan_and_an_unknown_peak_are_survived() -> None:
     odd = fake_run.step(1, loss=math.nan, grad_norm=math.inf, step_ms=0.0, flops=0, tokens_per_s=0.0, eta_s=math.nan)
     b = board([fake_run.started(peak_gflops=0.0, steps=0, time_budget_s=0.0), odd, ev.Validated(1, math.nan, 1, False)])

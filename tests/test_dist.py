@@ -17,6 +17,7 @@ from anert import checkpoint, dist
 from anert import events as ev
 from anert.cli import main
 from anert.errors import InputError
+from anert.tokenizer import ByteBPETokenizer
 from anert.train import Trainer
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
@@ -73,6 +74,7 @@ class TwoInOne(Trainer):
                 losses[rank] += net.loss_backward(tokens, targets, scale)
             sums.append(self.store.grads.copy())
         self.store.grads[...] = sums[0] + sums[1]
+        self.store.grads_written()
         return (losses[0] + losses[1]) / (self.accum // 2) / 2, 0.0, ()
 
 
@@ -185,6 +187,68 @@ def test_a_slow_rank_is_waited_for(text, tmp_path):
     """Longer than a silence: it computes, and its pulse goes on."""
     done = ranks.run(2, "slow", "run", *options(text, tmp_path / "run", steps=6), program=PROGRAM)
     assert done.returncode == 0, done.stderr
+
+
+# ---- tokenize
+
+
+def tokenized(n, out, *more, **settings):
+    arguments = ["tokenize", *map(str, more), "-o", str(out), "--json", "--shard-mb", "0.005", "--split", "line"]
+    return ranks.run(n, *arguments, **settings)
+
+
+def test_ranks_share_the_shards_of_a_text(text, tmp_path):
+    lines = tmp_path / "lines.txt"
+    lines.write_text(text.read_text().replace(" fox ", "\n"))
+    ByteBPETokenizer.train([text.read_text()], 280).save(tmp_path / "t.json")
+    outcomes = {}
+    for n in (1, 3):
+        done = tokenized(n, tmp_path / str(n), lines, "--tokenizer", tmp_path / "t.json")
+        assert done.returncode == 0, done.stderr
+        outcomes[n] = json.loads(done.stdout)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / n).glob("shard-*.bin")} for n in ("1", "3")]
+    assert files[0] == files[1] and len(files[0]) >= 6
+    same = ("documents", "tokens", "bytes", "shards", "complete")
+    assert [outcomes[1][k] for k in same] == [outcomes[3][k] for k in same] and outcomes[3]["complete"]
+    assert len(outcomes[3]["files"]) == outcomes[3]["shards"] == len(files[0])
+    assert (tmp_path / "3" / "manifest.json").read_text() == (tmp_path / "1" / "manifest.json").read_text()
+    again = tokenized(3, tmp_path / "3", lines, "--tokenizer", tmp_path / "t.json")
+    assert json.loads(again.stdout)["skipped"] == outcomes[3]["shards"]
+
+
+@pytest.mark.parametrize(
+    ("out", "more", "says"),
+    [("a.bin", (), "2 ranks write shards"), ("dir", ("--shard", "0/2"), "without a launcher")],
+)
+def test_ranks_refuse_what_is_for_one(text, tmp_path, out, more, says):
+    ByteBPETokenizer.train([text.read_text()], 280).save(tmp_path / "t.json")
+    done = tokenized(2, tmp_path / out, text, "--tokenizer", tmp_path / "t.json", *more, timeout=30)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+# ---- bench mpi
+
+BENCH = ["bench", "mpi", "--rounds", "2", "--warmup", "1", "--no-wait", "--max-spread", "1e9", "--json"]
+
+
+def test_bench_mpi_tells_the_sums_and_the_scaling():
+    done = ranks.run(2, *BENCH[:2], f"{ranks.ROOT}/plugins/stories.py:tiny", *BENCH[2:], "--seq-len", "32")
+    assert done.returncode == 0, done.stderr
+    found = {r["name"]: r for r in json.loads(done.stdout)["results"]}
+    sums = [name for name in found if name.startswith("allreduce")]
+    assert len(sums) == 4 and all(found[name]["gbps"] > 0 and found[name]["notes"]["ranks"] == 2 for name in sums)
+    assert found["train, 2 ranks"]["baseline"] == "train, 1 rank" and found["train, 2 ranks"]["ratio"] > 0
+    assert found["train, 1 rank"]["notes"]["tokens_per_step"] == 64 and found["train, 1 rank"]["flops"] > 0
+
+
+def test_bench_mpi_refuses_sums_that_are_wrong():
+    done = ranks.run(2, "broken-sum", *BENCH, program=PROGRAM, timeout=60)
+    assert done.returncode == 1 and "the sum over ranks of 64 kB is wrong" in done.stderr
+
+
+def test_bench_mpi_on_one_rank_says_how_to_start_it(capsys):
+    assert main(BENCH) == 2
+    assert "mpiexec -n 2 python -m mpi4py -m anert bench mpi" in capsys.readouterr().err
 
 
 # ---- two machines

@@ -397,3 +397,60 @@ def test_instruction_sets_that_this_cpu_lacks(builds, isa, problem):
     assert (np.abs(widen(got, problem["dtypes"][2]) - exact) <= bound).all()
     contiguous = serial(library, isa, {**problem, "layouts": ("rows", "rows", "rows")})
     np.testing.assert_array_equal(got.view(np.uint8), contiguous.view(np.uint8))
+
+
+# ---- Gradients: streamed past the caches, their squares summed up on the way
+
+
+def gradient(pool, a, b, dw, dtypes, precision, beta=0.0, alpha=1.0) -> float:
+    held = [ffi.ffi.new("anert_matrix *", matrix(x, d))[0] for x, d in zip((a, b), dtypes, strict=True)]
+    squares = ffi.ffi.new("double *")
+    _, m, k = a.shape
+    ffi.call(ffi.lib.anert_gemm_grad, pool.ptr, precision, m, b.shape[2], k, alpha, *held, beta,
+             ffi.ffi.cast("float *", dw.ctypes.data), squares)  # fmt: skip
+    return squares[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(PROBLEM)
+@example(dict(batch=1, m=640, n=480, k=70, layouts=("rows", "cols", "rows"), dtypes=(F16, F16, F32), precision=BF16, alpha=0.5, beta=0.0, seed=1))  # fmt: skip
+@example(dict(batch=1, m=640, n=483, k=70, layouts=("rows", "cols", "rows"), dtypes=(F16, F16, F32), precision=F32, alpha=0.5, beta=0.0, seed=1))  # fmt: skip
+def test_a_gradient_is_the_product_and_its_squares(pools, problem):
+    problem = {**problem, "batch": 1, "dtypes": (*problem["dtypes"][:2], F32)}
+    a, b, c = (laid_out(x, layout) for x, layout in zip(made(problem), (*problem["layouts"][:2], "rows"), strict=True))
+    for isa in ffi.isas():
+        results = []
+        for threads in (1, 2):
+            want, dw = np.array(c), np.array(c)
+            gemm(
+                pools[isa, threads],
+                a,
+                b,
+                want,
+                problem["dtypes"],
+                problem["precision"],
+                problem["alpha"],
+                problem["beta"],
+            )
+            squares = gradient(pools[isa, threads], a, b, dw, problem["dtypes"][:2], problem["precision"],
+                               problem["beta"], problem["alpha"])  # fmt: skip
+            assert dw.tobytes() == want.tobytes(), isa
+            np.testing.assert_allclose(squares, np.sum(want.astype(np.float64) ** 2), rtol=1e-5)
+            results.append(squares)
+        assert results[0] == results[1], isa
+
+
+@pytest.mark.parametrize("isa", ffi.isas())
+def test_squares_of_a_gradient_tell_what_is_not_finite(pools, isa):
+    a, b, dw = np.ones((1, 70, 40), np.float32), np.ones((1, 40, 50), np.float32), np.zeros((70, 50), np.float32)
+    for bad in (np.inf, np.nan):
+        a[0, 69, 3] = bad
+        assert not np.isfinite(gradient(pools[isa, 2], a, b, dw, (F32, F32), F32))
+
+
+def test_a_gradient_needs_somewhere_for_its_squares(pools):
+    x = np.ones((1, 4, 4), np.float32)
+    held = ffi.ffi.new("anert_matrix *", matrix(x, F32))[0]
+    with pytest.raises(InputError, match="squares is NULL"):
+        ffi.call(ffi.lib.anert_gemm_grad, pools["scalar", 1].ptr, F32, 4, 4, 4, 1.0, held, held, 0.0,
+                 ffi.ffi.cast("float *", np.zeros((4, 4), np.float32).ctypes.data), ffi.ffi.NULL)  # fmt: skip

@@ -557,3 +557,21 @@ def test_tokenizer_without_an_action(capsys):
     assert cli.main(["tokenizer"]) == 2 and "train" in capsys.readouterr().out
     assert cli.main(["tokenizer", "--help"]) == 0
     assert cli.main(["tokenizer", "paint"]) == 2
+
+
+def test_the_benchmark_compares_equal_ids(stories, tokenizer_file, tmp_path, capsys):
+    for module in ("tiktoken", "tokenizers", "sentencepiece"):
+        pytest.importorskip(module)
+    (tmp_path / "t.txt").write_text(stories.read_text(encoding="utf-8")[:60_000].replace("<|endoftext|>", ""))
+    words = ["tokenizer", "bench", str(tmp_path / "t.txt"), "--rounds", "2", "--json"]
+    for more in ([], ["--tokenizer", tokenizer_file]):
+        assert cli.main([*words, *more]) == 0
+        rows = {r["name"]: r for r in json.loads(capsys.readouterr().out.splitlines()[-1])["results"]}
+        assert len(rows) == (6 if more else 9)
+        for name, r in rows.items():
+            assert r["unit"] == "MB/s" and r["n"] == 2 and 0 < r["p10"] <= r["median"] <= r["p90"]
+            if r["baseline"]:
+                assert r["ratio"] == pytest.approx(r["median"] / rows[r["baseline"]]["median"]) and "to" in name
+    assert cli.main(["tokenizer", "bench", str(tmp_path / "none.txt")]) == 2
+    (tmp_path / "t.txt").write_text(" ")
+    assert cli.main(words) == 2 and "no text in it" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Benchmarks: each makes Cases, `measure` times them side by side, and what cannot be true is refused.
 
-A benchmark is a row of BENCHMARKS: its module has `cases(options) -> list[Case]`, made of what really runs.
+A benchmark is a row of BENCHMARKS: its module has `cases(options) -> list[Case]`, made of what really runs, and
+`close()` if there is something to end.
 """
 
 from __future__ import annotations
@@ -19,5 +20,7 @@ BENCHMARKS = {
     "decode": ("token after token from a cache, fp16 and int8 weights, and the first token of a process", "decode"),
     "prefill": ("a prompt into the cache", "decode"),
     "train": ("a training step of a model: forward, backward, gradients, clip, AdamW, weight sync", "model"),
+    "tokenizer": ("both tokenizers beside tiktoken, tokenizers and sentencepiece on --data TEXT", "tokenizer"),
+    "mpi": ("sums over ranks, and training on several against one; started by mpiexec", "mpi"),
 }
 """name -> (what it measures, module of anert.bench)."""

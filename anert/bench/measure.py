@@ -123,13 +123,13 @@ def measure(
     ]
     medians = {r.name: r for r in results}
     for case, result in zip(cases, results, strict=True):
+        refuse_implausible(case, result, peaks[case.peak] if case.peak else 0.0)
         spread = (result.p90 - result.p10) / result.median if result.median else 0.0
         if spread > max_spread:
             raise NoisyError(
                 f"bench {case.name}: p10 {result.p10:.4g}, p90 {result.p90:.4g} {result.unit} differ by "
                 f"{spread:.0%} of the median: noise, not a figure; end what else runs, or raise --rounds"
             )
-        refuse_implausible(case, result, peaks[case.peak] if case.peak else 0.0)
         yield _against(result, medians.get(case.baseline))
 
 

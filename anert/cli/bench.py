@@ -44,12 +44,16 @@ def main(argv: Sequence[str]) -> int:
     baseline = _saved(found.compare) if found.compare else {}
     module: Any = importlib.import_module(f"anert.bench.{BENCHMARKS[found.name][1]}")
     cases = module.cases(found.name, options)
+    if not cases:  # another rank tells
+        return 0
     results: list[Result] = []
     stream = sys.stderr if found.json else sys.stdout
     for item in measure(cases, found.rounds, found.warmup, not found.no_wait, found.max_spread):
         if isinstance(item, Result):
             results.append(item)
             print(line(item), file=stream, flush=True)
+    if close := getattr(module, "close", None):
+        close()
     about_machine = fingerprint(*_threads(results))
     report = {"bench": found.name, "results": [r.as_dict() for r in results], "machine": about_machine}
     print(f"on {about_machine['cpu']}, {about_machine['threads']} threads {about_machine['isa']}", file=stream)

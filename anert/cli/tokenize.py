@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 
 from anert.cli.meter import Meter, as_worker, end_workers, interrupts_end_workers
 from anert.cli.parser import Parser, reader
+from anert.errors import InputError
 
 if TYPE_CHECKING:
     from anert.data.corpus import Report
+    from anert.dist import World
 
 ABOUT = """\
 Tokenize texts for training: plain or JSON lines, .gz too; - is standard input.
@@ -26,6 +28,7 @@ Tokenize texts for training: plain or JSON lines, .gz too; - is standard input.
   anert tokenize a.jsonl.gz b.jsonl.gz --field story --tokenizer t.json -o shards/ --val 0.01 --workers 2
   anert tokenize corpus.txt --tokenizer tokenizer.bin -o raw.bin --raw        as llama2.c and maderix/ANE read it
   anert tokenize corpus.txt --tokenizer t.json -o shards/ --shard 3/16        machine 3 of 16
+  mpiexec -n 16 python -m mpi4py -m anert tokenize corpus.txt --tokenizer t.json -o shards/     all 16 at once
 
 OUT is one .bin file, or a directory of shards: run the same command again and it goes on where it stopped.
 """
@@ -33,9 +36,12 @@ OUT is one .bin file, or a directory of shards: run the same command again and i
 
 def main(argv: Sequence[str]) -> int:
     from anert.data import TokenizeOptions, tokenize
+    from anert.dist import world
     from anert.tokenizer import load_tokenizer
 
-    found = _parser().parse(argv)
+    found, ranks = _parser().parse(argv), world()
+    if ranks.size > 1:
+        found.shard = _shard_of_rank(ranks, found.shard, found.out)
     names = ("form", "field", "split", "ends", "val", "dtype", "raw")
     options = TokenizeOptions(**{n: getattr(found, n) for n in names})
     tokenizer, meter, start = load_tokenizer(found.tokenizer), Meter(), time.monotonic()
@@ -45,18 +51,44 @@ def main(argv: Sequence[str]) -> int:
         with closing(run):
             try:
                 while True:
-                    meter.show(next(run))
+                    event = next(run)
+                    if ranks.rank == 0:
+                        meter.show(event)
             except StopIteration as end:
                 report: Report = end.value
             finally:
                 meter.clear()
+    if ranks.size > 1:
+        _add_up(report, ranks)
     seconds = time.monotonic() - start
+    if ranks.rank:
+        return 0
     if found.json:
         rate = report.bytes / 1e6 / seconds
         print(json.dumps({**asdict(report), "seconds": round(seconds, 3), "mb_per_s": round(rate, 3)}))
     else:
         print(_summary(report, seconds))
     return 0
+
+
+def _shard_of_rank(ranks: World, asked: tuple[int, int], out: Path) -> tuple[int, int]:
+    if asked != (0, 1):
+        raise InputError("--shard I/N is for machines without a launcher: under mpiexec each rank takes its own")
+    if out.suffix == ".bin":
+        raise InputError(f"{out}: {ranks.size} ranks write shards: name a directory instead of a .bin file")
+    return ranks.rank, ranks.size
+
+
+def _add_up(report: Report, ranks: World) -> None:
+    """Rank 0's report becomes all ranks'; it waits for the last of them."""
+    keys = ("documents", "tokens", "val_tokens", "bytes", "shards", "skipped")
+    ranks.wait_for_all()
+    for key, total in zip(keys, ranks.sum([getattr(report, key) for key in keys]), strict=True):
+        setattr(report, key, int(total))
+    report.complete = bool(ranks.sum([report.complete])[0])  # it is to who comes last
+    if report.complete and ranks.rank == 0:
+        report.files = [str(f) for f in sorted(Path(report.path).glob("shard-*.bin"))]
+    ranks.close()
 
 
 def _parser() -> Parser:

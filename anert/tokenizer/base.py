@@ -108,6 +108,10 @@ class Tokenizer(abc.ABC):
         """Write the file that `load_tokenizer` reads back to an equal tokenizer."""
 
     @abc.abstractmethod
+    def forget(self) -> None:
+        """Empty the word cache."""
+
+    @abc.abstractmethod
     def _encode(self, text: str, first: bool) -> list[int]:
         """Ids of a text, or (first False) of the continuation of one."""
 

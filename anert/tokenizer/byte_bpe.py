@@ -14,7 +14,7 @@ import regex
 
 from anert.errors import InputError
 from anert.tokenizer.base import END_OF_TEXT, Tokenizer, WordCache, replace_surrogates
-from anert.tokenizer.merge import Merges
+from anert.tokenizer.merge import SHORT, Merges
 from anert.tokenizer.split import PATTERNS, splitter
 
 
@@ -55,11 +55,12 @@ class ByteBPETokenizer(Tokenizer):
         if missing := [b for b in self._absent if 32 <= b < 127]:
             raise InputError(f"vocabulary has no token for byte 0x{missing[0]:02X}: not a byte-level BPE")
         self._byte_id = [self._ids.get(bytes([b]), -1) for b in range(256)].__getitem__
-        self._whole_words = v.whole_words
+        self._whole_words, self._rare = v.whole_words, bool(v.whole_words or self._absent)
         self._bytes = list(v.tokens)
         for text, i in self.specials.items():
             self._bytes[i] = text.encode()
         self._merges = merge_table(v, self._ids)
+        self._short = self._merges.short
         self._splits = [splitter(s) for s in v.splits]
         self._special_pattern = any_special(self.specials)
         self._cache = WordCache(self._encode_word)
@@ -120,6 +121,9 @@ class ByteBPETokenizer(Tokenizer):
     def token_bytes(self, token: int) -> bytes:
         return self._bytes[self._check_id(token)]
 
+    def forget(self) -> None:
+        self._cache.clear()
+
     def save(self, path: Path | str) -> None:
         """Write our JSON: one token a line, in GPT-2's visible alphabet."""
         from anert.tokenizer.byte_files import to_json
@@ -151,11 +155,12 @@ class ByteBPETokenizer(Tokenizer):
             data = word.encode()
         except UnicodeEncodeError:
             data = replace_surrogates(word).encode()
-        if self._absent:
+        if self._rare:
             data = data.translate(None, self._absent)
-        if self._whole_words and (whole := self._ids.get(data)) is not None:
-            return [whole]
-        return self._merges.apply(list(map(self._byte_id, data)))
+            if self._whole_words and (whole := self._ids.get(data)) is not None:
+                return [whole]
+        symbols = list(map(self._byte_id, data))
+        return self._short(symbols) if len(symbols) <= SHORT else self._merges.long(symbols)
 
     def _cut(self, text: str) -> int:
         if self._splits and self.vocabulary.splits[-1] in PATTERNS.values():

@@ -114,6 +114,9 @@ class LlamaTokenizer(Tokenizer):
     def token_bytes(self, token: int) -> bytes:
         return self._bytes[self._check_id(token)]
 
+    def forget(self) -> None:
+        self._cache.clear()
+
     def save(self, path: Path | str) -> None:
         """Write the file it was read from, where the name's suffix is that file's; else SentencePiece's .model or
         llama2.c's tokenizer.bin by the suffix. Raises InputError for what only a tokenizer.json can say."""

@@ -7,6 +7,7 @@ from heapq import heappop, heappush
 from itertools import pairwise, repeat
 
 NO_MERGE = 1 << 62
+NEVER = repeat(NO_MERGE)
 SHORT = 48
 """Symbols up to which rescanning a list beats a heap."""
 
@@ -22,22 +23,22 @@ class Merges:
     """
 
     def __init__(self, rank: dict[tuple[int, int], int], result: dict[tuple[int, int], int]) -> None:
-        self._merge = {pair: r << SYMBOL_BITS | result[pair] for pair, r in rank.items()}
+        table = {pair: r << SYMBOL_BITS | result[pair] for pair, r in rank.items()}
+        self._find = table.get
         """pair -> rank and result in one number, ordered by rank."""
-        ranks = Counter(m >> SYMBOL_BITS for m in set(self._merge.values()))
+        ranks = Counter(m >> SYMBOL_BITS for m in set(table.values()))
         self._shared = {r for r, n in ranks.items() if n > 1}
         """Ranks with more than one result: where the smallest number is not the leftmost pair."""
 
     def apply(self, symbols: list[int]) -> list[int]:
         """Merge until no adjacent pair is in the table. O(n log n); short lists are changed in place."""
-        if len(symbols) < 2:
-            return symbols
-        return self._short(symbols) if len(symbols) <= SHORT else self._long(symbols)
+        return self.short(symbols) if len(symbols) <= SHORT else self.long(symbols)
 
-    def _short(self, symbols: list[int]) -> list[int]:
-        find, shared = self._merge.get, self._shared
-        merges = list(map(find, pairwise(symbols), repeat(NO_MERGE)))
-        while (best := min(merges)) != NO_MERGE:
+    def short(self, symbols: list[int]) -> list[int]:
+        """`apply` by rescanning, in place."""
+        find, shared = self._find, self._shared
+        merges = list(map(find, pairwise(symbols), NEVER))
+        while merges and (best := min(merges)) != NO_MERGE:
             if shared and (rank := best >> SYMBOL_BITS) in shared:
                 best = next(m for m in merges if m >> SYMBOL_BITS == rank)
             i = merges.index(best)
@@ -45,14 +46,13 @@ class Merges:
             del symbols[i + 1], merges[i]
             if i:
                 merges[i - 1] = find((symbols[i - 1], merged), NO_MERGE)
-            elif not merges:
-                break
             if i < len(merges):
                 merges[i] = find((merged, symbols[i + 1]), NO_MERGE)
         return symbols
 
-    def _long(self, symbols: list[int]) -> list[int]:
-        find, n = self._merge.get, len(symbols)
+    def long(self, symbols: list[int]) -> list[int]:
+        """`apply` by a heap, in O(n log n)."""
+        find, n = self._find, len(symbols)
         after = list(range(1, n + 1))  # position of the next live symbol, n: none
         before = list(range(-1, n - 1))
         symbols = symbols[:]
