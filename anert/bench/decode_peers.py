@@ -144,7 +144,7 @@ def write_gguf(told: Told, path: Path, encoding: str) -> None:
     for name, p in told.store.items():
         if p.cols == 1:
             w.add_tensor(f"{names[name]}.weight", p.master[:, 0])
-        elif encoding == "f16":
+        elif encoding == "f16" or p.cols % 32:  # q8_0 has groups of 32
             w.add_tensor(f"{names[name]}.weight", p.master.astype(np.float16))
         else:
             w.add_tensor(f"{names[name]}.weight", gguf.quants.quantize(p.master, kind), raw_dtype=kind)
