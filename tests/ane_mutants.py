@@ -12,7 +12,7 @@ OTHERS = "other_versions_of_the_framework"
 FIT = "ports_that_do_not_fit"
 COMPILE = "if (![program->model compileWithQoS:QOS options:@{} error:&error])"
 UNLOAD = "if (![program->model unloadWithQoS:QOS error:&error])"
-LOAD = "BOOL yes = [program->model loadWithQoS:QOS options:@{} error:&error];"
+LOAD = "yes = [program->model loadWithQoS:QOS options:@{} error:&error];"
 EVALUATE = "BOOL yes = [binding->program->model evaluateWithQoS:QOS options:@{} request:binding->request error:&error];"
 
 Mutant = tuple[str, tuple[tuple[str, str, str], ...], tuple[str, ...]]
@@ -149,9 +149,11 @@ STAGING = [
            "a_program_that_the_compiler_refuses"),
     in_ane("directory not counted", "stage *found = stages;", "stage *found = NULL;", SHARED),
     in_ane("directory removed by the first", "if (--held->holders == 0) {", "if (--held->holders >= 0) {", SHARED),
-    in_ane("not staged again before a load", "    anert_status status = stage_write(program->hex, program->files, err);\n"
-           "    if (status != ANERT_OK) return status;\n    NSError *error = nil;\n    BOOL yes", "    NSError *error = nil;\n"
-           "    BOOL yes", BACK),
+    in_ane("not staged again before a load", "stage_write(program->hex, program->files, err); /* another",
+           "ANERT_OK; /* another", BACK),
+    in_ane("not staged again before the second load", "stage_write(program->hex, program->files, err); /* another",
+           "attempt > 0 ? ANERT_OK : stage_write(program->hex, program->files, err); /* another",
+           "a_staging_directory_that_goes_away_during_a_load"),
     in_ane("what the compiler left is not kept", 'for (NSString *name in @[ @"net.plist", @"data" ]) {',
            "for (NSString *name in @[]) {", BACK),
     in_ane("data is not kept", 'for (NSString *name in @[ @"net.plist", @"data" ]) {',
@@ -169,7 +171,8 @@ STAGING = [
 ]  # fmt: skip
 
 STATES = [
-    in_ane("no second load", "if (!yes) { /* a slot", "if (0) { /* a slot", "a_load_that_fails_once_is_tried_again"),
+    in_ane("no second load", "LOAD_ATTEMPTS = 2", "LOAD_ATTEMPTS = 1", "a_load_that_fails_once_is_tried_again"),
+    in_ane("three loads", "LOAD_ATTEMPTS = 2", "LOAD_ATTEMPTS = 3", "a_load_that_fails_twice_is_refused"),
     in_ane("second load at once", "RETRY_MICROSECONDS = 100000", "RETRY_MICROSECONDS = 0",
            "a_load_that_fails_once_is_tried_again"),
     in_ane("load in any state", "if (program->loaded == expected)", "if (1)", "states"),
@@ -191,6 +194,10 @@ STATES = [
 LOCKING = [
     in_surface("not zeroed", "if (surface->base != NULL) memset(surface->base, 0, surface->nbytes);", "",
                "a_surface_is_zeroed_and_ends_where_it_ends(nbytes=4096)"),
+    in_surface("written past its end", "memset(surface->base, 0, surface->nbytes);", "memset(surface->base, 0, surface->nbytes + 1);",
+               "a_surface_is_zeroed_and_ends_where_it_ends(nbytes=4096)"),
+    in_surface("written past an odd end", "memset(surface->base, 0, surface->nbytes);", "memset(surface->base, 0, surface->nbytes + 1);",
+               "a_surface_is_zeroed_and_ends_where_it_ends(nbytes=63)"),
     in_surface("half a surface", "numberWithUnsignedLong:surface->nbytes]", "numberWithUnsignedLong:surface->nbytes / 2]", FLOW),
     in_surface("rows longer than the surface", "(id)*ios->bytes_per_row : nbytes", "(id)*ios->bytes_per_row : @1", FLOW),
     in_surface("a property missing", "        (id)*ios->height : @1,\n", "", FLOW),

@@ -218,6 +218,19 @@ build_ffi.build({str(folder)!r}, werror=True, ane_testing=True)
     return folder / "_ane.abi3.so"
 
 
+def test_what_a_mac_links(monkeypatch, tmp_path):
+    """Foundation and the runtime: IOSurface and the private framework are opened by name."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    extension = build_ffi.ane_extension(tmp_path, testing=False)
+    assert extension.extra_link_args == ["-framework", "Foundation", "-lobjc"]
+    assert not [flag for flag in extension.extra_compile_args if "TESTING" in flag or "GNUSTEP" in flag.upper()]
+    assert {Path(source).name for source in extension.sources} == {"_ane.c", *build_ffi.ANE_SOURCES}
+    command = build_ffi.BuildExt(build_ffi.Distribution({"name": "anert", "packages": ["anert"]}))
+    monkeypatch.chdir(tmp_path)
+    command.ensure_finalized()
+    assert [e.name for e in command.extensions] == ["anert._native", "anert._ane"]
+
+
 def test_a_test_build_has_no_place_in_the_package():
     command = [sys.executable, "build_ffi.py", "--ane-testing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
