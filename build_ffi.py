@@ -1,6 +1,6 @@
 """Builds the native core: native/anert.h is the cffi declaration, native/*.c the sources, anert._native the extension.
 
-On macOS also the Neural Engine's shim, anert._ane: native/ane.h, native/ane.m, native/surface_iosurface.m.
+On macOS also the Neural Engine's shim, anert._ane: native/ane.h and native/*.m.
 
 `pip install` uses BuildExt through pyproject.toml. By hand, from the repository:
 
@@ -37,7 +37,7 @@ from setuptools.errors import CompileError, LinkError
 ROOT = Path(__file__).resolve().parent
 NATIVE = ROOT / "native"
 MODULE, ANE_MODULE = "anert._native", "anert._ane"
-ANE_SOURCES = ("ane.m", "surface_iosurface.m", "error.c")
+ANE_SOURCES = ("ane.m", "ane_framework.m", "surface_iosurface.m", "error.c")
 # No contraction: bits must not depend on which multiply-add a compiler chose to fuse. Nobody reads errno or the
 # floating-point flags: so said, loops with sqrt and selects are vectorised.
 CFLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden"]
@@ -65,7 +65,7 @@ def objc_flags(include: Path) -> tuple[list[str], list[str]]:
     see."""
     flags = ["-fno-objc-arc", "-Werror=objc-method-access", "-Wno-unused-command-line-argument"]
     if sys.platform == "darwin":
-        return flags, ["-framework", "Foundation"]
+        return flags, ["-framework", "Foundation", "-lobjc"]
 
     def answer(*command: str) -> list[str]:
         return shlex.split(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

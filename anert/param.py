@@ -226,6 +226,11 @@ class ParamStore(Mapping[str, Param]):
         kinds = list(zip(("m", "v"), flats[1:], strict=False))
         return weights, {f"{name}.{kind}": view(flat, p) for name, p in self.items() for kind, flat in kinds}
 
+    def grads_written(self) -> None:
+        """Say that gradients were written by other than what sums their squares on the way."""
+        for p in self.values():
+            p.squares = math.nan
+
     def load_moments(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Copy moments that `named` gave back. InputError names what is missing or misshapen."""
         for name, moment in self.named(self.flats)[1].items():

@@ -17,6 +17,7 @@ from anert.surface import Heap
 
 if TYPE_CHECKING:
     from anert.backend.base import Backend
+    from anert.backend.plan import PlanCache
 
 BACKENDS = ("auto", "cpu", "ane", "reference")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -71,7 +72,7 @@ class Runtime:
                 reason = str(error)
         from anert.backend.cpu import CpuBackend
 
-        return CpuBackend(self.pool, self.precision, self.heap), reason
+        return CpuBackend(self.pool, self.precision, self.heap, cache=plan_cache()), reason
 
     def _note(self, asked: str, precision: str, reason: str) -> str:
         where = f"backend {self.backend.name}" + (f" (auto: {reason})" if asked == "auto" else "")
@@ -142,6 +143,19 @@ def open_ane() -> Backend:
     if fault := basic_probe():
         raise BackendUnavailable(f"the Neural Engine does not pass the basic probe: {fault}; see `anert doctor`")
     return AneBackend()
+
+
+def plan_cache() -> PlanCache | None:
+    """Where plans outlast the process: the folder that ANERT_CACHE names (`off`: nowhere), else the user's cache."""
+    from anert.backend.plan import PlanCache
+
+    asked = os.environ.get("ANERT_CACHE", "")
+    if asked == "off":
+        return None
+    if asked:
+        return PlanCache(Path(asked))
+    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return PlanCache(Path(os.environ.get("XDG_CACHE_HOME") or home) / "anert" / "plans")
 
 
 def memory_available() -> int:

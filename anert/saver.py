@@ -11,8 +11,10 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,7 @@ class Saver:
 
     def __init__(self, store: ParamStore, run_dir: Path, tokenizer: Tokenizer | None, keep: int) -> None:
         self.store, self.run_dir, self.tokenizer, self.keep = store, run_dir, tokenizer, keep
-        self._jobs: queue.SimpleQueue[tuple[int, Mapping[str, Any], bool] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._copied, self._idle = threading.Event(), threading.Event()
         self._copied.set()
@@ -60,6 +62,10 @@ class Saver:
         self._stall = 0.0
         self._buffers: list[np.ndarray] = []
         self._thread: threading.Thread | None = None
+
+    def reserve(self) -> None:
+        """Begin to set memory aside for snapshots, so that the first save need not."""
+        self._put(self._reserve)
 
     def save(self, step: int, state: Mapping[str, Any], best: bool = False) -> None:
         """Begin a save of the weights as they are; they must not change until `settle` has returned.
@@ -71,10 +77,7 @@ class Saver:
         start = time.perf_counter()
         self._idle.clear()
         self._copied.clear()
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="anert-saver", daemon=True)
-            self._thread.start()
-        self._jobs.put((step, state, best))
+        self._put(partial(self._save, step, state, best))
         self._stall = time.perf_counter() - start
 
     def settle(self) -> None:
@@ -102,30 +105,43 @@ class Saver:
             self._thread = None
         self._buffers = []
 
+    def _put(self, job: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="anert-saver", daemon=True)
+            self._thread.start()
+        self._jobs.put(job)
+
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            step, state, best = job
-            start, path, error = time.perf_counter(), None, None
-            try:
-                model, optim = self.store.named(self._snapshot())
-                path = checkpoint.save(self.run_dir, step, model, optim, state, self.tokenizer, best, self.keep)
-            except Exception as found:  # the training thread decides what to do about it
-                error = found
-            self._copied.set()
-            self._outcomes.put(Outcome(step, best, (time.perf_counter() - start) * 1e3, path=path, error=error))
-            self._idle.set()
+            job()
+
+    def _save(self, step: int, state: Mapping[str, Any], best: bool) -> None:
+        start, path, error = time.perf_counter(), None, None
+        try:
+            model, optim = self.store.named(self._snapshot())
+            path = checkpoint.save(self.run_dir, step, model, optim, state, self.tokenizer, best, self.keep)
+        except Exception as found:  # the training thread decides what to do about it
+            error = found
+        self._copied.set()
+        self._outcomes.put(Outcome(step, best, (time.perf_counter() - start) * 1e3, path=path, error=error))
+        self._idle.set()
+
+    def _reserve(self) -> None:
+        """Memory for a snapshot, every page touched; none where it is short."""
+        live = self.store.flats
+        if self._buffers or memory_available() < sum(flat.nbytes for flat in live) + SPARE:
+            return
+        with suppress(AnertError):
+            self._buffers = [Surface(self.store.heap, flat.nbytes).array(np.float32, flat.shape) for flat in live]
+        for buffer in self._buffers:
+            buffer.fill(0.0)
 
     def _snapshot(self) -> list[np.ndarray]:
         """Copies of the store's buffers, in memory that is kept for the next save; the live ones where it is short."""
         live = self.store.flats
+        self._reserve()
         if not self._buffers:
-            nbytes = sum(flat.nbytes for flat in live)
-            if memory_available() < nbytes + SPARE:
-                return live
-            try:
-                self._buffers = [Surface(self.store.heap, flat.nbytes).array(np.float32, flat.shape) for flat in live]
-            except AnertError:
-                return live
+            return live
         for copy, flat in zip(self._buffers, live, strict=True):
             np.copyto(copy, flat)
         self._copied.set()

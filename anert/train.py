@@ -236,6 +236,10 @@ class Trainer:
         yield from self._saved(wait=True)
         if self.health.suspect or self.sick:
             return
+        if math.isfinite(self.retry_at) and time.monotonic() < self.retry_at and not self.ended:
+            if best:  # the disk has refused a moment ago; the next validation that is better will be the best again
+                self.best_val = self.best_on_disk
+            return
         if self.saved_path and not self.out.is_dir():
             yield Notice("warning", f"{self.out} has vanished with the checkpoints in it: made anew")
         self.saving_best, self.retry_at = self.best_val, math.inf
@@ -322,6 +326,8 @@ class Trainer:
         yield from self.prepare()
         self.world.hint = f"the last checkpoint stays, go on from it by --resume {self.out}"
         yield self._started()
+        if self.world.rank == 0:
+            self.saver.reserve()
         reason = "steps"
         if math.isnan(self.val_first):
             yield from self._validate()
@@ -436,6 +442,7 @@ class Trainer:
         rank_ms = [0.0] * world.size
         rank_ms[world.rank] = (time.perf_counter() - start) * 1e3
         net.ms["allreduce"] = net.ms.get("allreduce", 0.0) + summing.finish()
+        self.store.grads_written()
         losses, *rank_ms = world.sum([losses, *rank_ms])
         return losses / self.accum / world.size, data_ms, tuple(rank_ms)
 
@@ -481,6 +488,7 @@ class Trainer:
                     yield Progress("validate", min(number * n, whole), whole, "tokens")
         total, count = world.sum([total, count])
         if world.size > 1:
+            self.net.settle()
             world.require_equal("weights", hashlib.sha256(self.store.master.data).hexdigest())
         if not count:
             return

@@ -1,185 +1,15 @@
-/* ane.m: MIL text to the Neural Engine through the private AppleNeuralEngine.framework: open, compile, load, evaluate,
- * unload. Order of calls and argument types are those of the in-memory path; ane_apple.h describes them. */
-#include <dlfcn.h>
-#include <limits.h>
-#include <objc/runtime.h>
+/* ane.m: MIL text to the Neural Engine through the private AppleNeuralEngine.framework: compile, load, evaluate, unload.
+ * Order of calls and argument types are those of the in-memory path; ane_apple.h describes them. */
+#include <stdio.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "ane_apple.h"
 
-#define FRAMEWORK "/System/Library/PrivateFrameworks/AppleNeuralEngine.framework/AppleNeuralEngine"
-#define IOSURFACE "/System/Library/Frameworks/IOSurface.framework/IOSurface"
 #define MODEL_PATH @"@model_path/"
-enum { QOS = 21, HEX_BYTES = 129, RETRY_MICROSECONDS = 100000 };
+enum { QOS = 21, HEX_BYTES = 129, LOAD_ATTEMPTS = 2, RETRY_MICROSECONDS = 100000 };
 
 static _Atomic int64_t compiles, loaded;
-
-/* ---- Failing in the framework's words ---- */
-
-/* printf of an NSString on one line. */
-static anert_status fail(anert_error *err, anert_status status, NSString *message) {
-    char line[sizeof err->message];
-    snprintf(line, sizeof line, "%s", [message UTF8String]);
-    for (char *c = line; *c != '\0'; c++)
-        if (*c == '\n' || *c == '\r' || *c == '\t') *c = ' ';
-    return anert_fail(err, status, "%s", line);
-}
-
-anert_status ane_caught(anert_error *err, NSException *exception) {
-    if (exception == nil) return anert_fail(err, ANERT_ESYSTEM, "an exception that is no NSException");
-    return fail(err, ANERT_ESYSTEM, [NSString stringWithFormat:@"%@: %@", [exception name], [exception reason]]);
-}
-
-/* A NO of the engine: domain, code and text of the error and of what lies below it; an NSError may be missing. */
-static anert_status refused(anert_error *err, NSString *call, NSError *error) {
-    NSMutableString *message = [NSMutableString stringWithFormat:@"the engine refuses %@", call];
-    if (error == nil) [message appendString:@" and gives no reason"];
-    for (int depth = 0; error != nil && depth < 3; depth++) {
-        [message appendFormat:@": %@ code %ld: %@", [error domain], (long)[error code], [error localizedDescription]];
-        error = [[error userInfo] objectForKey:NSUnderlyingErrorKey];
-    }
-    return fail(err, ANERT_EREFUSED, message);
-}
-
-/* ---- Opening: the calls that this file makes, checked before the first ---- */
-typedef struct {
-    const char *class_name, *selector;
-    bool class_method;
-    const char *types; /* 'B' stands for this platform's BOOL */
-} known_selector;
-static const known_selector SELECTORS[] = {
-    {"_ANEInMemoryModelDescriptor", "modelWithMILText:weights:optionsPlist:", true, "@@:@@@"},
-    {"_ANEInMemoryModel", "inMemoryModelWithDescriptor:", true, "@@:@"},
-    {"_ANEInMemoryModel", "hexStringIdentifier", false, "@@:"},
-    {"_ANEInMemoryModel", "compileWithQoS:options:error:", false, "B@:I@^@"},
-    {"_ANEInMemoryModel", "loadWithQoS:options:error:", false, "B@:I@^@"},
-    {"_ANEInMemoryModel", "evaluateWithQoS:options:request:error:", false, "B@:I@@^@"},
-    {"_ANEInMemoryModel", "unloadWithQoS:error:", false, "B@:I^@"},
-    {"_ANEIOSurfaceObject", "objectWithIOSurface:", true, "@@:^{__IOSurface}"},
-    {"_ANERequest",
-     "requestWithInputs:inputIndices:outputs:outputIndices:weightsBuffer:perfStats:procedureIndex:", true,
-     "@@:@@@@@@@"},
-};
-enum { N_SELECTORS = sizeof SELECTORS / sizeof *SELECTORS };
-
-/* A type encoding without offsets, qualifiers, class names and the members of structs: what two builds agree on. */
-static void plain_types(const char *types, char *out, size_t size) {
-    size_t n = 0;
-    bool members = false;
-    for (const char *c = types; *c != '\0' && n + 1 < size; c++) {
-        if (*c == '"') { /* @"NSError" */
-            const char *end = strchr(c + 1, '"');
-            if (end == NULL) break;
-            c = end;
-        } else if (members && *c != '}') {
-            continue;
-        } else if (*c == '=') {
-            members = true;
-        } else if (strchr("0123456789+-rnNoORV", *c) == NULL || (n > 0 && memchr(out, '{', n) > memchr(out, '}', n))) {
-            out[n++] = *c;
-            members = members && *c != '}';
-        }
-    }
-    out[n] = '\0';
-}
-
-static void inspect(const known_selector *known, anert_ane_selector *out) {
-    *out = (anert_ane_selector){.class_name = known->class_name, .selector = known->selector};
-    out->class_method = known->class_method;
-    snprintf(out->expected, sizeof out->expected, "%s", known->types);
-    for (char *c = out->expected; *c != '\0'; c++)
-        if (*c == 'B') *c = *@encode(BOOL);
-    Class class = NSClassFromString([NSString stringWithUTF8String:known->class_name]);
-    SEL selector = sel_registerName(known->selector);
-    if (class == Nil) return;
-    Method method = known->class_method ? class_getClassMethod(class, selector) : class_getInstanceMethod(class, selector);
-    const char *types = method == NULL ? NULL : method_getTypeEncoding(method);
-    plain_types(types == NULL ? "" : types, out->found, sizeof out->found);
-    out->ok = strcmp(out->found, out->expected) == 0;
-}
-
-/* EUNSUPPORTED for a path of the caller's, but in a test build. */
-static anert_status check_path(const char *what, const char *path, anert_error *err) {
-#if defined(ANERT_ANE_TESTING)
-    (void)what, (void)path, (void)err;
-#else
-    if (path != NULL) return anert_fail(err, ANERT_EUNSUPPORTED, "only a test build opens another %s: %s", what, path);
-#endif
-    return ANERT_OK;
-}
-
-static anert_status open_framework(const char *path, anert_error *err) {
-    if (dlopen(path == NULL ? FRAMEWORK : path, RTLD_NOW | RTLD_LOCAL) == NULL) /* never closed */
-        return anert_fail(err, ANERT_EUNAVAILABLE, "AppleNeuralEngine.framework does not open: %s", dlerror());
-    return ANERT_OK;
-}
-
-static anert_status check_selectors(anert_error *err) {
-    for (int i = 0; i < N_SELECTORS; i++) {
-        anert_ane_selector seen;
-        inspect(&SELECTORS[i], &seen);
-        if (seen.ok) continue;
-        const char *class = seen.class_name;
-        if (NSClassFromString([NSString stringWithUTF8String:class]) == Nil)
-            return anert_fail(err, ANERT_EUNAVAILABLE, "AppleNeuralEngine.framework has no class %s", class);
-        if (seen.found[0] == '\0')
-            return anert_fail(err, ANERT_EUNAVAILABLE, "%s does not answer %c%s", class, seen.class_method ? '+' : '-',
-                              seen.selector);
-        return anert_fail(err, ANERT_EUNAVAILABLE, "%c[%s %s] has type encoding %s, this build sends %s",
-                          seen.class_method ? '+' : '-', class, seen.selector, seen.found, seen.expected);
-    }
-    return ANERT_OK;
-}
-
-static anert_status open_all(anert_ane *ane, const char *framework, const char *iosurface, anert_error *err) {
-    GUARDED
-    anert_status status = check_path("framework", framework, err);
-    if (status == ANERT_OK) status = check_path("IOSurface", iosurface, err);
-    if (status == ANERT_OK) status = open_framework(framework, err);
-    if (status == ANERT_OK) status = check_selectors(err);
-    if (status == ANERT_OK) status = iosurface_open(iosurface == NULL ? IOSURFACE : iosurface, &ane->ios, err);
-    if (status != ANERT_OK) return status;
-    ane->descriptor_class = (Class<AneDescriptorClass>)NSClassFromString(@"_ANEInMemoryModelDescriptor");
-    ane->model_class = (Class<AneModelClass>)NSClassFromString(@"_ANEInMemoryModel");
-    ane->surface_class = (Class<AneSurfaceObjectClass>)NSClassFromString(@"_ANEIOSurfaceObject");
-    ane->request_class = (Class<AneRequestClass>)NSClassFromString(@"_ANERequest");
-    return ANERT_OK;
-    UNGUARDED(err)
-}
-
-anert_status anert_ane_open(const char *framework, const char *iosurface, anert_ane **out, anert_error *err) {
-    if (out == NULL) return anert_fail(err, ANERT_EINVAL, "out is NULL");
-    *out = NULL;
-    anert_ane *ane = calloc(1, sizeof *ane);
-    if (ane == NULL) return anert_fail(err, ANERT_ENOMEM, "no memory for the engine's record");
-    ane->holders = 1;
-    anert_status status = open_all(ane, framework, iosurface, err);
-    if (status == ANERT_OK) *out = ane;
-    else free(ane);
-    return status;
-}
-
-anert_ane *ane_hold(anert_ane *ane) {
-    atomic_fetch_add(&ane->holders, 1);
-    return ane;
-}
-
-void anert_ane_free(anert_ane *ane) {
-    if (ane != NULL && atomic_fetch_sub(&ane->holders, 1) == 1) free(ane);
-}
-
-int32_t anert_ane_selectors(void) { return N_SELECTORS; }
-
-anert_status anert_ane_inspect(const char *framework, anert_ane_selector *out, anert_error *err) {
-    if (out == NULL) return anert_fail(err, ANERT_EINVAL, "out is NULL");
-    GUARDED
-    anert_status status = check_path("framework", framework, err);
-    if (status == ANERT_OK) status = open_framework(framework, err);
-    for (int i = 0; status == ANERT_OK && i < N_SELECTORS; i++) inspect(&SELECTORS[i], &out[i]);
-    return status;
-    UNGUARDED(err)
-}
 
 /* ---- Staging directories: the framework names one by content, so programs of the same content share it ---- */
 typedef struct stage {
@@ -239,7 +69,7 @@ static anert_status stage_write(const char *hex, NSDictionary *files, anert_erro
                                         attributes:nil
                                              error:&error];
         if (!made || ![[files objectForKey:name] writeToFile:path options:NSDataWritingAtomic error:&error])
-            return fail(err, ANERT_ESYSTEM,
+            return ane_fail(err, ANERT_ESYSTEM,
                         [NSString stringWithFormat:@"the staging file %@ cannot be written: %@", path,
                                                    [error localizedDescription]]);
     }
@@ -274,7 +104,8 @@ static anert_status take_blobs(const anert_ane_blob *blobs, int32_t n, NSMutable
     for (int32_t i = 0; i < n; i++) {
         NSString *path = blobs[i].path == NULL ? nil : [NSString stringWithUTF8String:blobs[i].path];
         NSString *name = blob_name(path);
-        if (name == nil || [weights objectForKey:path] != nil || (blobs[i].data == NULL && blobs[i].nbytes > 0))
+        bool whole = blobs[i].data != NULL || blobs[i].nbytes == 0;
+        if (path == nil || name == nil || [weights objectForKey:path] != nil || !whole)
             return anert_fail(err, ANERT_EINVAL, "blob %d, %s, is not a new file below @model_path/", i,
                               blobs[i].path == NULL ? "without a path" : blobs[i].path);
         NSData *data = [NSData dataWithBytes:blobs[i].data length:blobs[i].nbytes];
@@ -321,7 +152,7 @@ static anert_status compile_staged(anert_ane_program *program, anert_error *err)
     NSError *error = nil;
     atomic_fetch_add(&compiles, 1);
     if (![program->model compileWithQoS:QOS options:@{} error:&error])
-        return refused(err, @"to compile the program", error);
+        return ane_refused(err, @"to compile the program", error);
     for (NSString *name in @[ @"net.plist", @"data" ]) {
         NSData *data = [NSData dataWithContentsOfFile:[stage_path(program->hex) stringByAppendingPathComponent:name]];
         if (data != nil) [program->files setObject:data forKey:name];
@@ -355,16 +186,16 @@ anert_status anert_ane_compile(anert_ane *ane, const char *text, size_t text_byt
 /* Both mutexes are held, here and below. */
 static anert_status load_staged(anert_ane_program *program, anert_error *err) {
     GUARDED
-    anert_status status = stage_write(program->hex, program->files, err);
-    if (status != ANERT_OK) return status;
     NSError *error = nil;
-    BOOL yes = [program->model loadWithQoS:QOS options:@{} error:&error];
-    if (!yes) { /* a slot is being reclaimed */
-        usleep(RETRY_MICROSECONDS);
+    BOOL yes = NO;
+    for (int attempt = 0; attempt < LOAD_ATTEMPTS && !yes; attempt++) {
+        if (attempt > 0) usleep(RETRY_MICROSECONDS); /* a slot is being reclaimed */
+        anert_status status = stage_write(program->hex, program->files, err); /* another process may have removed them */
+        if (status != ANERT_OK) return status;
         error = nil;
         yes = [program->model loadWithQoS:QOS options:@{} error:&error];
     }
-    if (!yes) return refused(err, @"to load the program", error);
+    if (!yes) return ane_refused(err, @"to load the program", error);
     program->loaded = true;
     atomic_fetch_add(&loaded, 1);
     return ANERT_OK;
@@ -374,7 +205,7 @@ static anert_status load_staged(anert_ane_program *program, anert_error *err) {
 static anert_status unload_staged(anert_ane_program *program, anert_error *err) {
     GUARDED
     NSError *error = nil;
-    if (![program->model unloadWithQoS:QOS error:&error]) return refused(err, @"to unload the program", error);
+    if (![program->model unloadWithQoS:QOS error:&error]) return ane_refused(err, @"to unload the program", error);
     program->loaded = false;
     atomic_fetch_sub(&loaded, 1);
     return ANERT_OK;
@@ -483,6 +314,23 @@ static bool wrap(const anert_ane *ane, const anert_ane_port *ports, int32_t n, N
     return true;
 }
 
+static id request_of(const anert_ane *ane, NSArray *inputs, NSArray *input_indices, NSArray *outputs,
+                     NSArray *output_indices) {
+    if (ane->short_request)
+        return [ane->request_class requestWithInputs:inputs
+                                        inputIndices:input_indices
+                                             outputs:outputs
+                                       outputIndices:output_indices
+                                      procedureIndex:@0];
+    return [ane->request_class requestWithInputs:inputs
+                                    inputIndices:input_indices
+                                         outputs:outputs
+                                   outputIndices:output_indices
+                                   weightsBuffer:nil
+                                       perfStats:nil
+                                  procedureIndex:@0];
+}
+
 static anert_status make_request(anert_ane_binding *binding, anert_error *err) {
     const anert_ane *ane = binding->program->ane;
     GUARDED
@@ -491,13 +339,7 @@ static anert_status make_request(anert_ane_binding *binding, anert_error *err) {
     if (!wrap(ane, binding->ports, binding->n_inputs, inputs, input_indices) ||
         !wrap(ane, binding->ports + binding->n_inputs, binding->n_ports - binding->n_inputs, outputs, output_indices))
         return anert_fail(err, ANERT_EREFUSED, "the engine does not take a surface");
-    id request = [ane->request_class requestWithInputs:inputs
-                                          inputIndices:input_indices
-                                               outputs:outputs
-                                         outputIndices:output_indices
-                                         weightsBuffer:nil
-                                             perfStats:nil
-                                        procedureIndex:@0];
+    id request = request_of(ane, inputs, input_indices, outputs, output_indices);
     if (request == nil)
         return anert_fail(err, ANERT_EREFUSED, "the engine makes no request of %d inputs and %d outputs",
                           binding->n_inputs, binding->n_ports - binding->n_inputs);
@@ -550,7 +392,7 @@ static anert_status evaluate(anert_ane_binding *binding, uint64_t *nanoseconds, 
     uint64_t start = now_ns();
     BOOL yes = [binding->program->model evaluateWithQoS:QOS options:@{} request:binding->request error:&error];
     if (nanoseconds != NULL) *nanoseconds = now_ns() - start;
-    return yes ? ANERT_OK : refused(err, @"to evaluate the program", error);
+    return yes ? ANERT_OK : ane_refused(err, @"to evaluate the program", error);
     UNGUARDED(err)
 }
 

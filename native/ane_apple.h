@@ -1,4 +1,4 @@
-/* ane_apple.h: what ane.m and surface_iosurface.m share: Apple's types, the private classes as protocols, the handles.
+/* ane_apple.h: what the shim's files share: Apple's types, the private classes as protocols, the handles.
  *
  * Manual retain/release: what ships is what the tests ran. Private classes are reached through Class<P> and id<P>, so the
  * compiler sends with the right ABI and a misspelt selector does not compile (-Werror=objc-method-access). */
@@ -30,7 +30,7 @@ enum { kIOSurfaceLockReadOnly = 1 };
     @catch (...) { return ane_caught(err, nil); } }
 
 /* ---- The private framework (AppleNeuralEngine), each message as training and inference projects of 2024 to 2026 send it
- * on macOS 15 and 26; ane.m compares the type encodings with these before it sends anything. ---- */
+ * on macOS 15 and 26; ane_framework.m compares the type encodings with these before it sends anything. ---- */
 @protocol AneDescriptorClass
 /* text: UTF-8 as NSData (an NSString crashes). weights: path -> {offset: 0, data: NSData}, never nil. plist: nil. */
 + (id)modelWithMILText:(NSData *)text weights:(NSDictionary *)weights optionsPlist:(id)plist;
@@ -57,6 +57,11 @@ enum { kIOSurfaceLockReadOnly = 1 };
           weightsBuffer:(id)weights
               perfStats:(id)stats
          procedureIndex:(NSNumber *)procedure;
++ (id)requestWithInputs:(NSArray *)inputs
+           inputIndices:(NSArray *)inputIndices
+                outputs:(NSArray *)outputs
+          outputIndices:(NSArray *)outputIndices
+         procedureIndex:(NSNumber *)procedure;
 @end
 
 /* ---- IOSurface.framework and CFRelease, looked up by name ---- */
@@ -76,6 +81,7 @@ struct anert_ane {
     Class<AneModelClass> model_class;
     Class<AneSurfaceObjectClass> surface_class;
     Class<AneRequestClass> request_class;
+    bool short_request; /* the request without weightsBuffer and perfStats is the one that is as expected */
     iosurface_api ios;
 };
 
@@ -91,8 +97,11 @@ struct anert_ane_surface {
     bool writer;                         /* CPU lock exclusive */
 };
 
-/* ane.m */
-anert_status ane_caught(anert_error *err, NSException *exception); /* ESYSTEM with its name and reason */
+/* ane_framework.m */
+anert_status ane_fail(anert_error *err, anert_status status, NSString *message); /* anert_fail, on one line */
+anert_status ane_caught(anert_error *err, NSException *exception); /* ESYSTEM with its name and reason; nil is another's */
+/* EREFUSED: domain, code and text of the error and of what lies below it; a NO may come without one. */
+anert_status ane_refused(anert_error *err, NSString *call, NSError *error);
 anert_ane *ane_hold(anert_ane *ane);
 /* surface_iosurface.m */
 anert_status iosurface_open(const char *path, iosurface_api *ios, anert_error *err);

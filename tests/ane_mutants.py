@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-ANE, SURFACE, HEADER = "ane.m", "surface_iosurface.m", "ane_apple.h"
+ANE, FRAMEWORK, SURFACE, HEADER = "ane.m", "ane_framework.m", "surface_iosurface.m", "ane_apple.h"
 FLOW, WEIGHTS, ORDER = "numbers_flow", "weights_are_staged_and_reach_the_program", "handles_may_be_freed_in_any_order"
 BACK = "a_program_comes_back_without_a_compile(keep_stage=False)"
 SHARED = "programs_of_one_content_share_a_directory"
@@ -12,7 +12,7 @@ OTHERS = "other_versions_of_the_framework"
 FIT = "ports_that_do_not_fit"
 COMPILE = "if (![program->model compileWithQoS:QOS options:@{} error:&error])"
 UNLOAD = "if (![program->model unloadWithQoS:QOS error:&error])"
-LOAD = "BOOL yes = [program->model loadWithQoS:QOS options:@{} error:&error];"
+LOAD = "yes = [program->model loadWithQoS:QOS options:@{} error:&error];"
 EVALUATE = "BOOL yes = [binding->program->model evaluateWithQoS:QOS options:@{} request:binding->request error:&error];"
 
 Mutant = tuple[str, tuple[tuple[str, str, str], ...], tuple[str, ...]]
@@ -20,6 +20,10 @@ Mutant = tuple[str, tuple[tuple[str, str, str], ...], tuple[str, ...]]
 
 def in_ane(rule: str, old: str, new: str, *tests: str) -> Mutant:
     return rule, ((ANE, old, new),), tests
+
+
+def in_framework(rule: str, old: str, new: str, *tests: str) -> Mutant:
+    return rule, ((FRAMEWORK, old, new),), tests
 
 
 def in_surface(rule: str, old: str, new: str, *tests: str) -> Mutant:
@@ -42,13 +46,16 @@ ARGUMENTS = [
     in_ane("plist not nil", "optionsPlist:nil]", "optionsPlist:@{}]", FLOW),
     in_ane("weight offset 64", '@{@"offset" : @0,', '@{@"offset" : @64,', WEIGHTS),
     in_ane("weights without their path", "forKey:path];", "forKey:name];", WEIGHTS),
+    in_ane("the other request", "if (ane->short_request)", "if (!ane->short_request)", OTHERS),
+    in_ane("procedure nil in the other request", "output_indices\n                                      procedureIndex:@0",
+           "output_indices\n                                      procedureIndex:nil", OTHERS),
     in_ane("QoS out of range", "QOS = 21", "QOS = 99", FLOW),
     in_ane("compile options nil", COMPILE, COMPILE.replace("@{}", "nil"), FLOW),
     in_ane("load options nil", LOAD, LOAD.replace("@{}", "nil"), FLOW),
     in_ane("evaluate options nil", EVALUATE, EVALUATE.replace("@{}", "nil"), FLOW),
-    in_ane("procedure as int", "procedureIndex:@0", "procedureIndex:(NSNumber *)(void *)1", FLOW),
-    in_ane("procedure nil", "procedureIndex:@0", "procedureIndex:nil", FLOW),
-    in_ane("procedure 1", "procedureIndex:@0", "procedureIndex:@1", FLOW),
+    in_ane("procedure as int", "perfStats:nil\n                                  procedureIndex:@0", "perfStats:nil procedureIndex:(NSNumber *)(void *)1", FLOW),
+    in_ane("procedure nil", "perfStats:nil\n                                  procedureIndex:@0", "perfStats:nil procedureIndex:nil", FLOW),
+    in_ane("procedure 1", "perfStats:nil\n                                  procedureIndex:@0", "perfStats:nil procedureIndex:@1", FLOW),
     in_ane("weights buffer", "weightsBuffer:nil", "weightsBuffer:@[]", FLOW),
     in_ane("raw surfaces", "[ane->surface_class objectWithIOSurface:ports[i].surface->ref]",
            "ane ? (id)ports[i].surface->ref : nil", FLOW),
@@ -69,18 +76,18 @@ UNREAD = [
     ("compile's BOOL read as int", ((HEADER, "(BOOL)compileWithQoS", "(int)compileWithQoS"),),
      ("a_program_that_the_compiler_refuses",)),
     in_ane("compile's BOOL unread", COMPILE, COMPILE.replace("if (!", "if (0 && !"), "a_program_that_the_compiler_refuses"),
-    in_ane("load's BOOL unread", 'if (!yes) return refused(err, @"to load', 'if (0) return refused(err, @"to load',
+    in_ane("load's BOOL unread", 'if (!yes) return ane_refused(err, @"to load', 'if (0) return ane_refused(err, @"to load',
            "a_load_that_fails_twice_is_refused"),
     in_ane("evaluate's BOOL unread", "return yes ? ANERT_OK :", "return yes || 1 ? ANERT_OK :", "an_evaluate_that_answers_no"),
     in_ane("unload's BOOL unread", UNLOAD, UNLOAD.replace("if (", "if (0 & ").replace("[", "(bool)[", 1),
            "an_unload_that_is_refused"),
     in_ane("a staging file that was not written", "if (!made || ![[files", "if (0 && ![[files",
            "a_staging_directory_that_cannot_be_written"),
-    in_ane("NSError unread", 'return refused(err, @"to compile the program", error)',
-           'return refused(err, @"to compile the program", nil)', "a_program_that_the_compiler_refuses"),
-    in_ane("underlying error unread", "error = [[error userInfo] objectForKey:NSUnderlyingErrorKey];", "error = nil;",
+    in_ane("NSError unread", 'return ane_refused(err, @"to compile the program", error)',
+           'return ane_refused(err, @"to compile the program", nil)', "a_program_that_the_compiler_refuses"),
+    in_framework("underlying error unread", "error = [[error userInfo] objectForKey:NSUnderlyingErrorKey];", "error = nil;",
            "the_engines_words_are_one_line_with_what_lies_below"),
-    in_ane("message of many lines", "if (*c == '\\n' ||", "if (*c == 1 ||", throws("compileWithQoS"),
+    in_framework("message of many lines", "if (*c == '\\n' ||", "if (*c == 1 ||", throws("compileWithQoS"),
            "the_engines_words_are_one_line_with_what_lies_below"),
     in_ane("descriptor nil unread", "if (descriptor == nil)", "if (0)", nil("nil_descriptor", "makes no descriptor")),
     in_ane("model nil unread", "if (model == nil)", "if (0)", nil("nil_model", "makes no model of its descriptor")),
@@ -142,9 +149,11 @@ STAGING = [
            "a_program_that_the_compiler_refuses"),
     in_ane("directory not counted", "stage *found = stages;", "stage *found = NULL;", SHARED),
     in_ane("directory removed by the first", "if (--held->holders == 0) {", "if (--held->holders >= 0) {", SHARED),
-    in_ane("not staged again before a load", "    anert_status status = stage_write(program->hex, program->files, err);\n"
-           "    if (status != ANERT_OK) return status;\n    NSError *error = nil;\n    BOOL yes", "    NSError *error = nil;\n"
-           "    BOOL yes", BACK),
+    in_ane("not staged again before a load", "stage_write(program->hex, program->files, err); /* another",
+           "ANERT_OK; /* another", BACK),
+    in_ane("not staged again before the second load", "stage_write(program->hex, program->files, err); /* another",
+           "attempt > 0 ? ANERT_OK : stage_write(program->hex, program->files, err); /* another",
+           "a_staging_directory_that_goes_away_during_a_load"),
     in_ane("what the compiler left is not kept", 'for (NSString *name in @[ @"net.plist", @"data" ]) {',
            "for (NSString *name in @[]) {", BACK),
     in_ane("data is not kept", 'for (NSString *name in @[ @"net.plist", @"data" ]) {',
@@ -162,7 +171,8 @@ STAGING = [
 ]  # fmt: skip
 
 STATES = [
-    in_ane("no second load", "if (!yes) { /* a slot", "if (0) { /* a slot", "a_load_that_fails_once_is_tried_again"),
+    in_ane("no second load", "LOAD_ATTEMPTS = 2", "LOAD_ATTEMPTS = 1", "a_load_that_fails_once_is_tried_again"),
+    in_ane("three loads", "LOAD_ATTEMPTS = 2", "LOAD_ATTEMPTS = 3", "a_load_that_fails_twice_is_refused"),
     in_ane("second load at once", "RETRY_MICROSECONDS = 100000", "RETRY_MICROSECONDS = 0",
            "a_load_that_fails_once_is_tried_again"),
     in_ane("load in any state", "if (program->loaded == expected)", "if (1)", "states"),
@@ -184,6 +194,10 @@ STATES = [
 LOCKING = [
     in_surface("not zeroed", "if (surface->base != NULL) memset(surface->base, 0, surface->nbytes);", "",
                "a_surface_is_zeroed_and_ends_where_it_ends(nbytes=4096)"),
+    in_surface("written past its end", "memset(surface->base, 0, surface->nbytes);", "memset(surface->base, 0, surface->nbytes + 1);",
+               "a_surface_is_zeroed_and_ends_where_it_ends(nbytes=4096)"),
+    in_surface("written past an odd end", "memset(surface->base, 0, surface->nbytes);", "memset(surface->base, 0, surface->nbytes + 1);",
+               "a_surface_is_zeroed_and_ends_where_it_ends(nbytes=63)"),
     in_surface("half a surface", "numberWithUnsignedLong:surface->nbytes]", "numberWithUnsignedLong:surface->nbytes / 2]", FLOW),
     in_surface("rows longer than the surface", "(id)*ios->bytes_per_row : nbytes", "(id)*ios->bytes_per_row : @1", FLOW),
     in_surface("a property missing", "        (id)*ios->height : @1,\n", "", FLOW),
@@ -212,12 +226,14 @@ LOCKING = [
 ]  # fmt: skip
 
 OPENING = [
-    in_ane("nothing checked", "if (status == ANERT_OK) status = check_selectors(err);", "", OTHERS),
-    in_ane("types unchecked", "out->ok = strcmp(out->found, out->expected) == 0;", "out->ok = out->found[0] != 0;", OTHERS),
-    in_ane("offsets in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("+-rnNoORV", *c) == NULL', FLOW),
-    in_ane("qualifiers in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("0123456789", *c) == NULL', FLOW),
-    in_ane("class methods unseen", "known->class_method ? class_getClassMethod(class, selector) :", "", FLOW),
-    in_ane("framework not opened", "if (dlopen(path == NULL ? FRAMEWORK : path, RTLD_NOW | RTLD_LOCAL) == NULL)", "if (0)",
+    in_framework("nothing checked", "if (status == ANERT_OK) status = check_selectors(&ane->short_request, err);", "", OTHERS),
+    in_framework("the other request is not looked for", "bool spare = seen.ok;", "bool spare = false;", OTHERS),
+    in_framework("the other request for anything", "if (i == N_SELECTORS - 1) *short_request", "*short_request", OTHERS),
+    in_framework("types unchecked", "out->ok = strcmp(out->found, out->expected) == 0;", "out->ok = out->found[0] != 0;", OTHERS),
+    in_framework("offsets in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("+-rnNoORV", *c) == NULL', FLOW),
+    in_framework("qualifiers in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("0123456789", *c) == NULL', FLOW),
+    in_framework("class methods unseen", "known->class_method ? class_getClassMethod(class, selector) :", "", FLOW),
+    in_framework("framework not opened", "if (dlopen(path == NULL ? FRAMEWORK : path, RTLD_NOW | RTLD_LOCAL) == NULL)", "if (0)",
            "a_framework_that_is_not_there"),
     in_surface("symbols unchecked", "        if (found == NULL)\n            return", "        if (0)\n            return",
                "a_framework_that_is_not_there"),

@@ -2,8 +2,8 @@
 
     python tests/ane_variants.py FAKE.so < variants.json
 
-Classes are registered once per process, so every (missing, changed) of stdin gets a child of this one. Prints a list of
-[exception, message, selectors that are not as expected].
+Classes are registered once per process, so every (missing, changed) of stdin gets a child of this one. Where the shim
+opens it, a program goes the whole way. Prints a list of [exception, message, selectors that are not as expected].
 """
 
 from __future__ import annotations
@@ -13,17 +13,21 @@ import os
 import sys
 from pathlib import Path
 
-from fake_ane import library
+from fake_ane import FakeAne, library
 from shim_run import Engine, inspect
+from test_ane_shim import whole_way
 
 from anert.errors import AnertError
 
 
 def attempt(path: str, missing: str, changed: str) -> tuple[str, str, list[dict]]:
-    library(Path(path))[1].fake_install(missing.encode(), changed.encode())
+    fake = FakeAne(Path(os.environ["ANERT_ANE"]), Path(path), "plain", "fp32", 1)
+    fake.install(missing, changed)
+    fake.reset()
     odd = [row for row in inspect(path) if not row["ok"]]
     try:
-        Engine(path)
+        whole_way(Engine(path))
+        fake.check()
     except AnertError as error:
         return type(error).__name__, str(error), odd
     return "", "", odd

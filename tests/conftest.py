@@ -6,6 +6,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+os.environ.setdefault("ANERT_CACHE", "off")  # tests compile what they test
 pytest.register_assert_rewrite("fake_ane")
 from fake_ane import fake_ane  # noqa: E402, F401
 

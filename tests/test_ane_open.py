@@ -134,13 +134,23 @@ def test_other_versions_of_the_framework(fake_ane):
     classes = sorted({row["class"] for row in rows})
     selectors = [(row["class"], row["selector"]) for row in rows]
     names = [f"{owner} {selector[1:]}" for owner, selector in selectors]
-    variants = [("", ""), *((c, "") for c in classes), *((n, "") for n in names), *(("", n) for n in names)]
+    request, spare = names[-1], "_ANERequest requestWithInputs:inputIndices:outputs:outputIndices:procedureIndex:"
+    assert request.startswith("_ANERequest")
+    variants = [("", ""), (request, ""), ("", request), ("", spare), (f"{spare}|{request}", ""), (request, spare)]
+    names, selectors = names[:-1], selectors[:-1]
+    variants += [*((c, "") for c in classes), *((n, "") for n in names), *(("", n) for n in names)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     command = [sys.executable, str(ROOT / "tests" / "ane_variants.py"), fake.path]
     done = subprocess.run(command, input=json.dumps(variants), capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout)
     assert answers.pop(0) == ["", "", []]
+    for found in ("", "v@:", None):  # either request is enough
+        kind, message, odd = answers.pop(0)
+        assert (kind, message) == ("", "")
+        assert [row["found"] for row in odd] == ([found] if found is not None else [])
+    for _ in range(2):
+        assert answers.pop(0)[:2] == ["BackendUnavailable", "_ANERequest does not answer +" + request.partition(" ")[2]]
     assert {kind for kind, _, _ in answers} == {"BackendUnavailable"}
     for name in classes:
         _, message, odd = answers.pop(0)
@@ -150,7 +160,7 @@ def test_other_versions_of_the_framework(fake_ane):
         _, message, odd = answers.pop(0)
         assert message == f"{owner} does not answer {selector}"
         assert [(row["class"], row["selector"], row["found"]) for row in odd] == [(owner, selector, "")]
-    for (owner, selector), row in zip(selectors, rows, strict=True):
+    for (owner, selector), row in zip(selectors, rows, strict=False):
         _, message, odd = answers.pop(0)
         expected = f"[{owner} {selector[1:]}] has type encoding v@:, this build sends {row['expected']}"
         assert message == selector[0] + expected
@@ -206,6 +216,19 @@ build_ffi.build({str(folder)!r}, werror=True, ane_testing=True)
 """
     run([sys.executable, "-c", program], env={**os.environ, "CC": "clang", "PYTHONPATH": str(ROOT)})
     return folder / "_ane.abi3.so"
+
+
+def test_what_a_mac_links(monkeypatch, tmp_path):
+    """Foundation and the runtime: IOSurface and the private framework are opened by name."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    extension = build_ffi.ane_extension(tmp_path, testing=False)
+    assert extension.extra_link_args == ["-framework", "Foundation", "-lobjc"]
+    assert not [flag for flag in extension.extra_compile_args if "TESTING" in flag or "GNUSTEP" in flag.upper()]
+    assert {Path(source).name for source in extension.sources} == {"_ane.c", *build_ffi.ANE_SOURCES}
+    command = build_ffi.BuildExt(build_ffi.Distribution({"name": "anert", "packages": ["anert"]}))
+    monkeypatch.chdir(tmp_path)
+    command.ensure_finalized()
+    assert [e.name for e in command.extensions] == ["anert._native", "anert._ane"]
 
 
 def test_a_test_build_has_no_place_in_the_package():

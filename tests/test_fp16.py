@@ -365,12 +365,116 @@ int main(void) {
 """
 
 
+def neon_program(folder, code):
+    """A static aarch64 program of `code` and the converters; run it with `qemu`."""
+    if shutil.which("qemu-aarch64") is None or shutil.which("aarch64-linux-gnu-gcc") is None:
+        assert not os.environ.get("CI"), "CI has qemu-user and gcc-aarch64-linux-gnu (.ci/run)"
+        pytest.skip("no qemu-aarch64 and aarch64-linux-gnu-gcc (apt install qemu-user gcc-aarch64-linux-gnu)")
+    source = folder / "neon.c"
+    source.write_text('#include "internal.h"\n' + code)
+    sources = ["fp16.c", "fp16_neon.c", "error.c", "pool.c", source]
+    return compile_c(folder / "neon", sources, "-O3", "-static", cc="aarch64-linux-gnu-gcc")
+
+
+def qemu(program, *arguments, data=b""):
+    """Standard output of an aarch64 program on a CPU without fp16 arithmetic."""
+    command = ["qemu-aarch64", "-cpu", "cortex-a53", str(program), *map(str, arguments)]
+    done = subprocess.run(command, input=data, capture_output=True, timeout=120)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return done.stdout
+
+
 def test_neon_under_qemu(tmp_path):
     """The NEON kernels against the scalar ones, which the tests above hold to NumPy."""
-    if shutil.which("qemu-aarch64") is None or shutil.which("aarch64-linux-gnu-gcc") is None:
-        pytest.skip("no qemu-aarch64 and aarch64-linux-gnu-gcc (apt install qemu-user gcc-aarch64-linux-gnu)")
-    source = tmp_path / "neon.c"
-    source.write_text('#include "internal.h"\n' + NEON_MAIN)
-    sources = ["fp16.c", "fp16_neon.c", "error.c", "pool.c", source]
-    program = compile_c(tmp_path / "neon", sources, "-O3", "-static", cc="aarch64-linux-gnu-gcc")
-    assert subprocess.run(["qemu-aarch64", "-cpu", "cortex-a53", program], timeout=120).returncode == 0
+    qemu(neon_program(tmp_path, NEON_MAIN))
+
+
+# down | up, rows, cols, source and target stride, shift in elements, transpose, clamp: source memory on stdin; target
+# memory, which begins as 0xab, and the count of the clamped, eight bytes, on stdout. By the public functions.
+NEON_FILTER = r"""
+#include <stdio.h>
+#include <stdlib.h>
+int main(int argc, char **argv) {
+    if (argc != 9 || anert_isa_best() != ANERT_ISA_NEON) return 2;
+    int down = argv[1][0] == 'd';
+    size_t v[7];
+    for (int i = 0; i < 7; i++) v[i] = strtoul(argv[i + 2], NULL, 10);
+    size_t rows = v[0], cols = v[1], ss = v[2], ds = v[3], shift = v[4], turn = v[5], clamp = v[6];
+    size_t n_src = shift + rows * ss, n_dst = shift + (turn ? cols : rows) * ds;
+    size_t in = down ? 4 : 2, out = down ? 2 : 4;
+    char *src = malloc(n_src * in + 1), *dst = malloc(n_dst * out + 1);
+    uint64_t clamped = 0;
+    anert_error err;
+    if (fread(src, in, n_src, stdin) != n_src) return 3;
+    memset(dst, 0xab, n_dst * out);
+    anert_status status;
+    if (down) {
+        const float *s = (float *)src + shift;
+        uint16_t *d = (uint16_t *)dst + shift;
+        status = rows == 1 && !turn ? anert_f32_to_f16(NULL, s, d, cols, clamp, &clamped, &err)
+                                    : anert_f32_to_f16_2d(NULL, s, ss, d, ds, rows, cols, turn, clamp, &clamped, &err);
+    } else {
+        const uint16_t *s = (uint16_t *)src + shift;
+        float *d = (float *)dst + shift;
+        status = rows == 1 && !turn ? anert_f16_to_f32(NULL, s, d, cols, &err)
+                                    : anert_f16_to_f32_2d(NULL, s, ss, d, ds, rows, cols, turn, &err);
+    }
+    if (status != ANERT_OK) return 4;
+    fwrite(dst, out, n_dst, stdout);
+    fwrite(&clamped, 8, 1, stdout);
+    return 0;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def neon(tmp_path_factory):
+    """convert(values, extra, shift, transpose, clamp) by NEON: (target memory's bytes, those expected, clamped)."""
+    program = neon_program(tmp_path_factory.mktemp("neon"), NEON_FILTER)
+
+    def convert(values, extra=(0, 0), shift=0, transpose=False, clamp=False):
+        is_down = values.dtype == np.float32
+        rows, cols = values.shape
+        target = (cols, rows) if transpose else (rows, cols)
+        strides = cols + extra[0], target[1] + extra[1]
+        source = np.zeros(shift + rows * strides[0], values.dtype)
+        source[shift:].reshape(rows, strides[0])[:, :cols] = values
+        numbers = (rows, cols, *strides, shift, int(transpose), int(clamp))
+        output = qemu(program, "down" if is_down else "up", *numbers, data=source.tobytes())
+        if is_down:
+            expected = down_oracle(np.clip(values, -65504, 65504) if clamp else values)
+        else:
+            expected = up_oracle(np.ascontiguousarray(values))
+        memory = np.full((shift + target[0] * strides[1]) * expected.itemsize, 0xAB, np.uint8).view(expected.dtype)
+        memory[shift:].reshape(target[0], strides[1])[:, : target[1]] = expected.T if transpose else expected
+        return output[:-8], memory.tobytes(), int.from_bytes(output[-8:], "little")
+
+    return convert
+
+
+def test_neon_is_numpys_rounding_for_all_halves_ties_and_random_floats(neon):
+    for values in (CASES.reshape(1, -1), CASES[: CASES.size // 64 * 64].reshape(64, -1)):
+        got, expected, clamped = neon(values)
+        assert got == expected
+        assert clamped == 0
+    got, expected, _ = neon(ALL.reshape(1, -1))
+    assert got == expected
+
+
+def test_neon_clamps(neon):
+    got, expected, clamped = neon(CASES.reshape(1, -1), clamp=True)
+    assert got == expected
+    assert clamped == np.count_nonzero(np.abs(CASES) > 65504)
+
+
+@pytest.mark.parametrize("is_down", [True, False])
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 8), (7, 129), (64, 64), (65, 31), (200, 333)])
+def test_neon_strided_and_transposed(neon, shape, transpose, is_down):
+    """Rows apart, off alignment, blocks and their tails; nothing is written beside the target."""
+    random = np.random.default_rng(shape[1])
+    size = shape[0] * shape[1]
+    values = CASES[random.integers(0, CASES.size, size)] if is_down else random.integers(0, 65536, size, np.uint16)
+    for extra, shift, clamp in [((0, 0), 0, False), ((5, 3), 1, True), ((0, 8), 3, False)]:
+        got, expected, _ = neon(values.reshape(shape), extra, shift, transpose, clamp and is_down)
+        assert got == expected

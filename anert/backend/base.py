@@ -92,6 +92,16 @@ class Program(abc.ABC):
     def _bind(self, surfaces: Mapping[str, Surface]) -> Binding: ...
 
 
+def program_key(text: str, blobs: Mapping[str, bytes], encodings: Mapping[str, str]) -> str:
+    """Names a program by its content."""
+    key = hashlib.sha256(text.encode())
+    for path in sorted(blobs):
+        key.update(path.encode() + b"\0" + hashlib.sha256(blobs[path]).digest())
+    for port, encoding in sorted(encodings.items()):
+        key.update(f"\0{port}={encoding}".encode())
+    return key.hexdigest()
+
+
 class Backend(abc.ABC):
     """Compiles MIL text and hands out surfaces. `compiles` counts real compiles; identical text is compiled once."""
 
@@ -112,12 +122,7 @@ class Backend(abc.ABC):
 
         encodings: of input ports that hold an encoded weight: `int8`, on `cpu` alone (else UnsupportedError).
         """
-        key = hashlib.sha256(text.encode())
-        for path in sorted(blobs or {}):
-            key.update(path.encode() + b"\0" + hashlib.sha256((blobs or {})[path]).digest())
-        for port, encoding in sorted((encodings or {}).items()):
-            key.update(f"\0{port}={encoding}".encode())
-        digest = key.hexdigest()
+        digest = program_key(text, blobs or {}, encodings or {})
         program = self._cache.get(digest)
         if program is not None:
             return program

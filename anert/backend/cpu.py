@@ -11,33 +11,23 @@ rounds every op's result to fp16 and counts what overflows (`program.overflows()
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from anert.backend.attention import Finder
-from anert.backend.base import Backend, Binding, Chain, Port, Program, ProgramStats
-from anert.backend.emit import Emitted, Emitter
-from anert.backend.fuse import Fuser, prune, retarget
-from anert.backend.lower import Lowering, OpLowering
-from anert.backend.nodes import Graph
-from anert.backend.tiles import DIMS
+from anert.backend.base import Backend, Binding, Chain, Port, Program, program_key
+from anert.backend.plan import Plan, PlanCache, code_identity
 from anert.capabilities import CPU, Capabilities
-from anert.errors import CompileError, InputError, StateError, UnsupportedError
+from anert.errors import AnertError, CompileError, InputError, StateError
 from anert.ffi import Pool, call, error, load
 from anert.mil.graph import Function
 from anert.surface import Heap, Hold, Surface
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-
-
-def lowerings() -> dict[str, OpLowering]:
-    """Every op that the engine runs."""
-    from anert.backend import lower_contract, lower_moves, lower_ops
-
-    return {**lower_ops.TABLE, **lower_moves.TABLE, **lower_contract.TABLE}
 
 
 class RunSlot:
@@ -69,12 +59,12 @@ class CpuBinding(Binding):
         self._lib = native.lib
         self._slot = program.slot
         self._busy = threading.Lock()
-        bases = native.ffi.new("void *[]", len(program.emitted.buffers))
-        for i, root in enumerate(program.emitted.buffers):
+        bases = native.ffi.new("void *[]", len(program.buffers))
+        for i, root in enumerate(program.buffers):
             if root is None:
                 continue
             bases[i] = program.constants[root] if root.place == "const" else surfaces[root.name].ptr
-        self.args = (program.emitted.plan, program.pool.ptr, bases, len(bases))
+        self.args = (program.plan, program.pool.ptr, bases, len(bases))
         self._err = error()
         self.reads = {p.name: surfaces[p.name] for p in program.inputs}
         self.writes = {p.name: surfaces[p.name] for p in program.outputs}
@@ -128,28 +118,15 @@ class CpuChain(Chain):
 
 
 class CpuProgram(Program):
-    """A Function as a plan. `emitted.patterns` and `stats` say what was fused."""
+    """A plan on a pool. `stats` says what was fused."""
 
-    def __init__(
-        self, function: Function, emitted: Emitted, counters: Sequence[str], pool: Pool, slot: RunSlot
-    ) -> None:
-        encoded = {r.name: r.nbytes for r in emitted.buffers if r is not None and r.dtype == "q8"}
-        self.inputs = tuple(Port(v.name, v.type, encoded.get(v.name, 0)) for v in function.inputs)
-        self.outputs = tuple(Port(v.name, v.type) for v in function.outputs)
-        self.emitted, self.pool, self.slot = emitted, pool, slot
-        self.counters = tuple(counters)
+    def __init__(self, made: Plan, pool: Pool, slot: RunSlot) -> None:
+        self.inputs, self.outputs, self.counters, self.stats = made.inputs, made.outputs, made.counters, made.stats
+        self.pool, self.slot, self.buffers = pool, slot, made.buffers
+        self.plan = made.make()
         ffi = load().ffi
-        self.constants = {r: ffi.from_buffer(r.data) for r in emitted.buffers if r is not None and r.data is not None}
-        self.stats = ProgramStats(
-            flops_written=written_flops(function),
-            flops_executed=written_flops(function) - emitted.skipped,
-            bytes_in=sum(p.nbytes for p in self.inputs),
-            bytes_out=sum(p.nbytes for p in self.outputs),
-            steps=emitted.steps,
-            arena_bytes=emitted.arena_bytes,
-            patterns=dict(emitted.patterns),
-        )
-        slot.reserve(emitted.arena_bytes)
+        self.constants = {b: ffi.from_buffer(b.data) for b in made.buffers if b is not None and b.place == "const"}
+        slot.reserve(made.stats.arena_bytes)
 
     def _bind(self, surfaces: Mapping[str, Surface]) -> Binding:
         return CpuBinding(self, surfaces)
@@ -159,20 +136,8 @@ class CpuProgram(Program):
         name.
         """
         counter = load().lib.anert_plan_counter
-        found = {name: int(counter(self.emitted.plan, i, int(reset))) for i, name in enumerate(self.counters)}
+        found = {name: int(counter(self.plan, i, int(reset))) for i, name in enumerate(self.counters)}
         return {name: n for name, n in found.items() if n}
-
-
-def written_flops(function: Function) -> int:
-    """FLOPs of the function as it is written, multiply-adds as 2."""
-    from anert.mil.ops.table import lookup, types_of
-
-    total = 0
-    for op in function.ops:
-        row = lookup(op.kind)
-        if row.flops is not None:
-            total += row.flops(types_of(op.inputs), op.attrs, [v.type for v in op.outputs])
-    return total
 
 
 class CpuBackend(Backend):
@@ -180,6 +145,7 @@ class CpuBackend(Backend):
 
     pool: the threads and instruction set. precision: `fp32`, `bf16` or `fp16`. heap: where surfaces and the arena
     come from. fuse=False makes every elementwise op a step of its own, for tests: the results are the same bits.
+    cache: where plans are kept from one process to the next; None: nowhere.
     """
 
     name = "cpu"
@@ -192,6 +158,7 @@ class CpuBackend(Backend):
         capabilities: Capabilities = CPU,
         budget: int | None = None,
         fuse: bool = True,
+        cache: PlanCache | None = None,
     ) -> None:
         if precision not in PRECISIONS:
             raise InputError(f"no precision is called {precision!r}: {', '.join(PRECISIONS)}")
@@ -199,40 +166,42 @@ class CpuBackend(Backend):
         self.pool = pool or Pool()
         self.precision = precision
         self.heap = heap or Heap()
-        self.fuse = fuse
+        self.fuse, self.cache = fuse, cache
         self.slot = RunSlot(self.heap)
 
     def _compile(self, text: str, blobs: Mapping[str, bytes]) -> Program:
+        return self._compile_encoded(text, blobs, {})
+
+    def _compile_encoded(self, text: str, blobs: Mapping[str, bytes], encodings: Mapping[str, str]) -> Program:
+        plan, key = None, ""
+        if self.cache is not None:
+            what = (
+                f"{program_key(text, blobs, encodings)} {code_identity()} {self.pool.isa} {self.precision} {self.fuse}"
+            )
+            key = hashlib.sha256(what.encode()).hexdigest()
+            plan = self.cache.get(key)
+        if plan is not None:
+            with contextlib.suppress(AnertError):  # tables that anert_plan_new refuses: made again
+                return CpuProgram(plan, self.pool, self.slot)
+        plan = self._planned(text, blobs, encodings)
+        if self.cache is not None:
+            self.cache.put(key, plan)
+        return CpuProgram(plan, self.pool, self.slot)
+
+    def _planned(self, text: str, blobs: Mapping[str, bytes], encodings: Mapping[str, str]) -> Plan:
+        from anert.backend.planner import plan_function
         from anert.mil.text import parse
 
         module = parse(text, blobs=blobs)
         if "main" not in module.functions:
             raise CompileError(f"the program has no function 'main': it has {', '.join(module.functions)}")
-        return self.compile_function(module.main)
-
-    def _compile_encoded(self, text: str, blobs: Mapping[str, bytes], encodings: Mapping[str, str]) -> Program:
-        from anert.mil.text import parse
-
-        return self.compile_function(parse(text, blobs=blobs).main, encodings)
+        return plan_function(module.main, self.precision, self.fuse, encodings)
 
     def compile_function(self, function: Function, encodings: Mapping[str, str] | None = None) -> CpuProgram:
         """The Program of a Function without a way through text. Not counted, not cached."""
-        try:
-            graph, emitted = self._plan(function, encodings)
-        except UnsupportedError:  # a fused program over more dims than a step has: fuse less
-            graph, emitted = self._plan(function, encodings, DIMS)
-        return CpuProgram(function, emitted, graph.counters, self.pool, self.slot)
+        from anert.backend.planner import plan_function
 
-    def _plan(
-        self, function: Function, encodings: Mapping[str, str] | None = None, max_dims: int = 64
-    ) -> tuple[Graph, Emitted]:
-        graph = Lowering(function, self.precision, encodings).run(lowerings())
-        prune(graph)
-        retarget(graph)
-        units = Fuser(graph, self.fuse, max_dims).run()
-        if self.fuse:
-            units = Finder(units).run()
-        return graph, Emitter(graph, units, self.precision).run()
+        return CpuProgram(plan_function(function, self.precision, self.fuse, encodings or {}), self.pool, self.slot)
 
     def chain(self, bindings: Sequence[Binding]) -> Binding:
         return CpuChain(bindings, self.pool, self.slot)

@@ -12,19 +12,21 @@ import numpy as np
 from anert.backend.attention import Product, Region
 from anert.backend.fuse import Unit
 from anert.backend.nodes import STORAGE, Graph, Node, Ref, Root
+from anert.backend.plan import Buffer
 from anert.backend.tiles import DIMS, TileBuilder, TileProgram
 from anert.errors import UnsupportedError
-from anert.ffi import call, load
+from anert.ffi import load
 
 ALIGN = 64
 
 
 @dataclass(slots=True)
 class Emitted:
-    """A C plan and what it needs: `buffers[i]` is the root behind buffer i (None for 0, the arena)."""
+    """A C plan's tables and what they need: `buffers[i]` is behind buffer i (None for 0, the arena). skipped: FLOPs of
+    causal tiles that are not computed."""
 
-    plan: Any
-    buffers: list[Root | None]
+    tables: dict[str, bytes]
+    buffers: list[Buffer | None]
     arena_bytes: int
     steps: int
     skipped: int
@@ -275,12 +277,9 @@ class Emitter:
             "instrs": ffi.new("anert_instr[]", self.instrs),
             "steps": ffi.new("anert_step[]", self.steps),
         }
-        counts = {f"n_{name}": len(array) for name, array in arrays.items()}
-        definition = ffi.new("anert_plan_def *", {**arrays, **counts, "n_counters": len(self.graph.counters)})
-        out = ffi.new("anert_plan **")
-        call(self.lib.anert_plan_new, definition, out)
-        plan = ffi.gc(out[0], self.lib.anert_plan_free)
-        return Emitted(plan, self.buffers, self.arena, len(self.steps), self.skipped, self.patterns)
+        tables = {name: bytes(ffi.buffer(array)) for name, array in arrays.items()}
+        buffers = [None, *(Buffer(r.place, r.name, r.nbytes, r.data) for r in self.buffers[1:] if r is not None)]
+        return Emitted(tables, buffers, self.arena, len(self.steps), self.skipped, self.patterns)
 
 
 def _merged(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, list[int]]]:

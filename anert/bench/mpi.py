@@ -89,6 +89,7 @@ class Step:
         """This rank's sequences, and the sum of all ranks' gradients: behind the backward pass, or after it."""
         self._gradients(1, armed=overlapped)
         self.sum.finish()
+        self.store.grads_written()
         self._update()
 
     def _gradients(self, parts: int, armed: bool) -> None:

@@ -65,8 +65,8 @@ typedef struct {
     char throws[64];             /* a selector's first word that raises an exception, once: "compileWithQoS" */
 } fake_options;
 
-/* Registers the four classes, once per process: `missing` is a class or "Class selector" that is left out, `changed` a
- * "Class selector" whose type encoding differs; "" or NULL for none. */
+/* Registers the four classes, once per process: `missing` is a class, or "Class selector|..." that are left out, `changed`
+ * "Class selector|..." whose type encodings differ; "" or NULL for none. */
 void fake_install(const char *missing, const char *changed);
 /* Forgets all that happened, frees what the plans need no more, takes new options. plan_run: anert_plan_run. */
 void fake_reset(const fake_options *options, fake_hook *hook, void *plan_run);

@@ -362,6 +362,10 @@ static id new_request(id self, SEL selector, id inputs, id input_indices, id out
     return made;
 }
 
+static id new_short_request(id self, SEL selector, id inputs, id input_indices, id outputs, id output_indices, id procedure) {
+    return new_request(self, selector, inputs, input_indices, outputs, output_indices, nil, nil, procedure);
+}
+
 /* ---- Evaluate ---- */
 static int by_name(const void *a, const void *b) {
     return strcmp((*(const fake_port *const *)a)->name, (*(const fake_port *const *)b)->name);
@@ -480,12 +484,16 @@ static const method METHODS[] = {
     {"_ANEInMemoryModel", "FakeModel", false, "unloadWithQoS:error:", "B28@0:8I16^@20", (IMP)model_unload},
     {"_ANEIOSurfaceObject", "FakeWrapper", true, "objectWithIOSurface:", "@24@0:8^{__IOSurface=}16", (IMP)new_wrapper},
     {"_ANERequest", "FakeRequest", true, REQUEST, "@72@0:8@16@24@32@40@48@56@64", (IMP)new_request},
+    {"_ANERequest", "FakeRequest", true, "requestWithInputs:inputIndices:outputs:outputIndices:procedureIndex:",
+     "@56@0:8@16@24@32@40@48", (IMP)new_short_request},
 };
 
+/* Whether "Class selector" is one of the option's, which are separated by '|'. */
 static bool named(const char *option, const method *m) {
-    char name[256];
-    snprintf(name, sizeof name, "%s %s", m->class_name, m->selector);
-    return option != NULL && strcmp(option, name) == 0;
+    char name[256], all[512];
+    snprintf(name, sizeof name, "|%s %s|", m->class_name, m->selector);
+    snprintf(all, sizeof all, "|%s|", option == NULL ? "" : option);
+    return strstr(all, name) != NULL;
 }
 
 void fake_install(const char *missing, const char *changed) {
