@@ -30,6 +30,7 @@ from anert.runtime import Runtime
 from anert.surface import Surface, locked, shared
 
 WEIGHTS = ("fp16", "int8")
+FEW = 6
 WIDTHS = (1, 32, 256)
 """New positions that a program takes; an engine's own least width takes the place of smaller ones."""
 
@@ -48,6 +49,8 @@ class _Width:
     rotation: list[tuple[np.ndarray, np.ndarray]]
     """For cos and sin of each head size: (port view (2 hd, T), table (2 hd, S))."""
     tokens: np.ndarray
+    flops: int = 0
+    """Executed by the blocks in one run."""
     touched: list[Surface] = field(default_factory=list)
     filled: list[Surface] = field(default_factory=list)
     """What the host writes before a run; it reads `made` and writes `kept` behind one. Those alone that want locks."""
@@ -166,8 +169,9 @@ class Session:
         touched = [where.surface for where in common.values()] + [cache.surface for _, cache in new]
         filled = shared(where.surface for where in (x[0], *rotations))
         made, kept = (shared(pair[side].surface for pair in new) for side in range(2))
+        flops = self.layers * sum(self._compile(k, b).stats.flops_executed for b in blocks for k in b.forward)
         return _Width(size, head, x, rt.backend.chain(bindings), columns, len(new), rotation, np.zeros(size, np.int32),
-                      touched, filled, made, [*kept, *shared([self._past.surface])])  # fmt: skip
+                      flops, touched, filled, made, [*kept, *shared([self._past.surface])])  # fmt: skip
 
     def _bind(self, kernel: Kernel, env: dict[str, Location], block: BlockKernels, layer: int, j: int,
               turn: int) -> Binding:  # fmt: skip
@@ -209,6 +213,14 @@ class Session:
             self._tables[name] = np.concatenate(halves(getattr(np, name[:3])(angle)))
         return self._tables[name]
 
+    def flops(self, n: int) -> int:
+        """Executed by a call of `extend` with n tokens, classifier included."""
+        head, total = 2 * self.widths[0].head.vocab * self.model.config.dim, 0
+        while n > 0:
+            width = self._width(n)
+            total, n = total + width.flops, n - width.size
+        return total + head
+
     # ---- running
 
     def reset(self) -> None:
@@ -245,7 +257,10 @@ class Session:
                 return width.head.logits(width.x[-1], np.array([count - 1], np.int32))[0]
 
     def _width(self, n: int) -> _Width:
-        """The narrowest program that takes n tokens, or the widest there is."""
+        """The narrowest program that takes n tokens, or the widest there is; a few of them one by one, since weights
+        that are read again cost less than a wide program's padding."""
+        if n <= FEW and self.widths[0].size == 1:
+            return self.widths[0]
         for width in self.widths:
             if width.size >= n:
                 return width

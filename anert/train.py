@@ -240,6 +240,10 @@ class Trainer:
         yield from self._saved(wait=True)
         if self.health.suspect or self.sick:
             return
+        if math.isfinite(self.retry_at) and time.monotonic() < self.retry_at and not self.ended:
+            if best:  # the disk has refused a moment ago; the next validation that is better will be the best again
+                self.best_val = self.best_on_disk
+            return
         if self.saved_path and not self.out.is_dir():
             yield Notice("warning", f"{self.out} has vanished with the checkpoints in it: made anew")
         self.saving_best, self.retry_at = self.best_val, math.inf
