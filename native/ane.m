@@ -7,7 +7,7 @@
 #include "ane_apple.h"
 
 #define MODEL_PATH @"@model_path/"
-enum { QOS = 21, HEX_BYTES = 129, LOAD_ATTEMPTS = 2, RETRY_MICROSECONDS = 100000 };
+enum { QOS = 21, HEX_BYTES = 256, LOAD_ATTEMPTS = 2, RETRY_MICROSECONDS = 100000 };
 
 static _Atomic int64_t compiles, loaded;
 

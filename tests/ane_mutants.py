@@ -9,6 +9,7 @@ SHARED = "programs_of_one_content_share_a_directory"
 BUSY = "a_run_keeps_its_surfaces_and_its_program"
 LOCKS = "locks_follow_the_rules_of_a_surface"
 OTHERS = "other_versions_of_the_framework"
+SHORT, SPELT = "the_shorter_request_does_too", "types_that_differ_in_spelling_alone"
 FIT = "ports_that_do_not_fit"
 COMPILE = "if (![program->model compileWithQoS:QOS options:@{} error:&error])"
 UNLOAD = "if (![program->model unloadWithQoS:QOS error:&error])"
@@ -46,9 +47,9 @@ ARGUMENTS = [
     in_ane("plist not nil", "optionsPlist:nil]", "optionsPlist:@{}]", FLOW),
     in_ane("weight offset 64", '@{@"offset" : @0,', '@{@"offset" : @64,', WEIGHTS),
     in_ane("weights without their path", "forKey:path];", "forKey:name];", WEIGHTS),
-    in_ane("the other request", "if (ane->short_request)", "if (!ane->short_request)", OTHERS),
+    in_ane("the other request", "if (ane->short_request)", "if (!ane->short_request)", SHORT),
     in_ane("procedure nil in the other request", "output_indices\n                                      procedureIndex:@0",
-           "output_indices\n                                      procedureIndex:nil", OTHERS),
+           "output_indices\n                                      procedureIndex:nil", SHORT),
     in_ane("QoS out of range", "QOS = 21", "QOS = 99", FLOW),
     in_ane("compile options nil", COMPILE, COMPILE.replace("@{}", "nil"), FLOW),
     in_ane("load options nil", LOAD, LOAD.replace("@{}", "nil"), FLOW),
@@ -158,6 +159,7 @@ STAGING = [
            "for (NSString *name in @[]) {", BACK),
     in_ane("data is not kept", 'for (NSString *name in @[ @"net.plist", @"data" ]) {',
            'for (NSString *name in @[ @"net.plist" ]) {', BACK),
+    in_ane("hash of 64 bytes at most", "HEX_BYTES = 256", "HEX_BYTES = 65", FLOW),
     ("hash unchecked", ((ANE, "*hex == '.' || ", ""), (ANE, " || strchr(hex, '/') != NULL)", ")")),
      ("a_hash_that_names_no_directory",)),
     in_ane("any prefix of a weight file", "if (![path hasPrefix:MODEL_PATH]) return nil;", "",
@@ -227,11 +229,13 @@ LOCKING = [
 
 OPENING = [
     in_framework("nothing checked", "if (status == ANERT_OK) status = check_selectors(&ane->short_request, err);", "", OTHERS),
-    in_framework("the other request is not looked for", "bool spare = seen.ok;", "bool spare = false;", OTHERS),
-    in_framework("the other request for anything", "if (i == N_SELECTORS - 1) *short_request", "*short_request", OTHERS),
-    in_framework("types unchecked", "out->ok = strcmp(out->found, out->expected) == 0;", "out->ok = out->found[0] != 0;", OTHERS),
-    in_framework("offsets in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("+-rnNoORV", *c) == NULL', FLOW),
-    in_framework("qualifiers in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("0123456789", *c) == NULL', FLOW),
+    in_framework("the other request is not looked for", "bool spare = seen.ok;", "bool spare = false;", SHORT),
+    in_framework("the other request for anything", "if (i == N_SELECTORS - 1) *short_request", "*short_request", SHORT, OTHERS),
+    in_framework("types unchecked", "out->ok = strcmp(out->found, out->expected) == 0 ||", "out->ok = out->found[0] != 0 ||", OTHERS),
+    in_framework("surfaces as objects unknown", "(known->also != NULL && strcmp(", "(0 && strcmp(", SPELT),
+    in_framework("class names in types", "c = end;", "end = NULL;", SPELT),
+    in_framework("offsets in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("+-rnNoORV", *c) == NULL', SPELT),
+    in_framework("qualifiers in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("0123456789", *c) == NULL', SPELT),
     in_framework("class methods unseen", "known->class_method ? class_getClassMethod(class, selector) :", "", FLOW),
     in_framework("framework not opened", "if (dlopen(path == NULL ? FRAMEWORK : path, RTLD_NOW | RTLD_LOCAL) == NULL)", "if (0)",
            "a_framework_that_is_not_there"),
