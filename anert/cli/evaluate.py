@@ -32,9 +32,8 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"{found.checkpoint}: no checkpoint there; a training run leaves one in its --out directory")
     from anert.evaluate import evaluate
     from anert.inputs import plugin_of
-    from anert.plugin import load, split_name
 
-    plugin = load(split_name(found.plugin or plugin_of(found.checkpoint))[0])
+    plugin = plugin_of(found.checkpoint, found.plugin)
     options = {k: getattr(found, k) for k in ("tokenizer", "tokens", "backend", "precision", "threads")}
     for event in evaluate(found.checkpoint, found.data, plugin, **options):
         if isinstance(event, Progress):

@@ -25,9 +25,8 @@ def main(argv: Sequence[str]) -> int:
                         help="a file or an installed name [the checkpoint's, else stories]")  # fmt: skip
     found = options(parser).parse(argv)
     from anert.inputs import plugin_of
-    from anert.plugin import load, split_name
 
-    return show(load(split_name(found.plugin or plugin_of(found.checkpoint))[0]), found)
+    return show(plugin_of(found.checkpoint, found.plugin), found)
 
 
 def options(parser: Parser) -> Parser:
