@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anert.errors import DoesNotFit, InputError, PluginError
+from anert.errors import DoesNotFit, InputError
 from anert.events import Event, Notice
 from anert.files import publish
 
@@ -99,23 +99,14 @@ def open_weights(
     return Weights(followed, source.tensors, None, source.tokenizer, source.tokenizer_name)
 
 
-def plugin_of(path: Path, named: str = "") -> Plugin:
-    """The plugin `named` (a file or an installed name), else the one that trained the checkpoint at `path`, if that is
-    installed; `stories`, whose model is Llama's, for another program's file. A checkpoint's path to a plugin would be
-    code from data, so it holds a name alone. Raises PluginError that says what to add."""
+def plugin_of(path: Path) -> str:
+    """Name of the plugin that trained a checkpoint; `stories`, whose model is Llama's, for another program's file."""
     from anert import checkpoint
     from anert.formats import run_dir
-    from anert.plugin import installed, load, split_name
 
-    if named:
-        return load(split_name(named)[0])
-    name = "stories"
     if path.name in ("last", "best") or (path.is_dir() and run_dir.sniff(path)):
-        name = str(checkpoint.load(path).state.get("plugin", name))
-    if name not in {entry.name for entry in installed()}:
-        raise PluginError(f"{path} needs plugin {name!r}, which is not installed: add --plugin plugins/{name}.py, or "
-                          "wherever its file is")  # fmt: skip
-    return load(name)
+        return str(checkpoint.load(path).state.get("plugin", "stories"))
+    return "stories"
 
 
 def open_model(plugin: Plugin, path: Path, tokenizer: str) -> tuple[Decoder, Mapping[str, np.ndarray], Tokenizer]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from anert.cli.meter import Meter
 from anert.cli.parser import Parser, reader
-from anert.errors import InputError
+from anert.cli.sample import plugin_for
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,12 +29,9 @@ def main(argv: Sequence[str]) -> int:
     add("--json", action="store_true", help="one JSON object as the last line of stdout")
     add("--debug", action="store_true", help="an error keeps its traceback")
     found = parser.parse(argv)
-    if not found.checkpoint.exists():
-        raise InputError(f"{found.checkpoint}: no checkpoint there; a training run leaves one in its --out directory")
+    plugin = plugin_for(found.checkpoint, found.plugin)
     from anert.evaluate import evaluate
-    from anert.inputs import plugin_of
 
-    plugin = plugin_of(found.checkpoint, found.plugin)
     meter = Meter()
     options = {k: getattr(found, k) for k in ("tokenizer", "tokens", "backend", "precision", "threads")}
     for event in evaluate(found.checkpoint, found.data, plugin, **options):
