@@ -52,8 +52,8 @@ def run(stories, corpus, out, backend, layout, steps, precision="fp32", **over):
     preset = stories.preset("tiny")
     options = TrainOptions(
         steps=steps, batch=1, warmup=20, lr=1e-3, data=str(text), tokenizer=str(tokenizer), out=str(out),
-        eval_every=steps // 2, eval_tokens=1024, sample_every=steps // 2, save_every=steps * 7 // 10, backend=backend, layout=layout,
-        precision=precision, threads=1, seed=7, **over,
+        eval_every=steps // 2, eval_tokens=1024, sample_every=steps // 2, save_every=steps * 7 // 10, backend=backend,
+        layout=layout, precision=precision, threads=1, seed=7, **over,
     )  # fmt: skip
     events = list(train(stories, "tiny", preset.config, options, lambda: False))
     started = next(e for e in events if isinstance(e, RunStarted))
