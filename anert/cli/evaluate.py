@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from anert.cli.parser import Parser, reader
-from anert.errors import InputError
+from anert.cli.sample import plugin_for
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,13 +28,9 @@ def main(argv: Sequence[str]) -> int:
     add("--json", action="store_true", help="one JSON object as the last line of stdout")
     add("--debug", action="store_true", help="an error keeps its traceback")
     found = parser.parse(argv)
-    if not found.checkpoint.exists():
-        raise InputError(f"{found.checkpoint}: no checkpoint there; a training run leaves one in its --out directory")
+    plugin = plugin_for(found.checkpoint, found.plugin)
     from anert.evaluate import evaluate
-    from anert.inputs import plugin_of
-    from anert.plugin import load, split_name
 
-    plugin = load(split_name(found.plugin or plugin_of(found.checkpoint))[0])
     options = {k: getattr(found, k) for k in ("tokenizer", "tokens", "backend", "precision", "threads")}
     for event in evaluate(found.checkpoint, found.data, plugin, **options):
         if isinstance(event, Progress):
