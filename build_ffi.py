@@ -39,12 +39,13 @@ NATIVE = ROOT / "native"
 MODULE, ANE_MODULE = "anert._native", "anert._ane"
 ANE_SOURCES = ("ane.m", "ane_framework.m", "surface_iosurface.m", "error.c")
 # No contraction: bits must not depend on which multiply-add a compiler chose to fuse. Nobody reads errno or the
-# floating-point flags: so said, loops with sqrt and selects are vectorised.
-CFLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden"]
+# floating-point flags: so said, loops with sqrt and selects are vectorised. No debug information, which Python's own
+# flags ask for: it names the folder of the build, and two builds would differ (ANERT_CFLAGS=-g brings it back).
+CFLAGS = ["-O3", "-g0", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden"]
 CFLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 LIMITED_API = ("Py_LIMITED_API", "0x030B0000")
 OBJC_FLAGS = ("-fno-objc-arc", "-Werror=objc-method-access", "-Wno-unused-command-line-argument")
-OBJC_LIBRARIES = ("-framework", "Foundation")
+OBJC_LIBRARIES = ("-framework", "Foundation", "-lobjc")
 JOBS = 2
 NO_COMPILER = (
     "anert's native core needs a C compiler and {command!r} was not found. Install one: "

@@ -318,9 +318,10 @@ def slice_limit(engine: Backend) -> Outcome:
 def conv_weights(engine: Backend) -> Outcome:
     a, faults = data(1, 64, 1, 64), []
     for factor in (2.0, 3.0):
-        fn, (x, w) = function(engine, ("i00_x", a.shape), ("i01_w", (64, 64, 1, 1)))
-        weight = (np.eye(64) * factor).reshape(64, 64, 1, 1)
-        faults.append(works(engine, result(fn, ops.conv(x, w)), {"i00_x": a, "i01_w": weight}, factor * a))
+        fn, (x, w) = function(engine, ("i00_x", a.shape), ("i01_w", (1, 64, 1, 64)))
+        y = ops.conv(x, ops.reshape(w, shape=(64, 64, 1, 1)))
+        weight = (np.eye(64) * factor).reshape(1, 64, 1, 64)
+        faults.append(works(engine, result(fn, y), {"i00_x": a, "i01_w": weight}, factor * a))
     fault = next(filter(None, faults), "")
     return Outcome(True, fault or "taken", {"conv_runtime_weights": not fault}, {"ANE208": bool(fault)})
 

@@ -52,9 +52,10 @@ def aarch64(root: Path) -> Target:
     include.mkdir(parents=True, exist_ok=True)
     if not (include / "objc").exists():
         (include / "objc").symlink_to(objects[-1])
-    gnustep = ("-DGNUSTEP", "-DGNUSTEP_BASE_LIBRARY=1", "-DGNU_RUNTIME=1", "-DGNUSTEP_RUNTIME=1", "-D_NATIVE_OBJC_EXCEPTIONS")
+    gnustep = ("-DGNUSTEP", "-DGNUSTEP_BASE_LIBRARY=1", "-DGNU_RUNTIME=1", "-D_NATIVE_OBJC_EXCEPTIONS")
     objc = (*build_ffi.OBJC_FLAGS, *gnustep, "-fobjc-runtime=gcc", "-fexceptions", "-fobjc-exceptions")
-    objc += ("-fconstant-string-class=NSConstantString", f"-I{include}", f"-I{root}/usr/include/GNUstep")
+    objc += ("-fno-strict-aliasing", "-fconstant-string-class=NSConstantString")
+    objc += (f"-I{include}", f"-I{root}/usr/include/GNUstep")
     cc = ("clang", "--target=aarch64-linux-gnu", f"--sysroot={root}")
     return Target(cc, objc, ("-shared", "-pthread"), ("-lgnustep-base", "-lobjc"), "-Wl,-soname,")
 
@@ -71,7 +72,7 @@ def macos(stubs: Path) -> Target:
             (folder / f"{name.partition('.')[0]}.tbd").write_text(text_stub(library, symbols))
     cc = (sys.executable, "-m", "ziglang", "cc", "-target", "aarch64-macos.14.0")
     objc = (*build_ffi.OBJC_FLAGS, f"-F{STUBS}")
-    frameworks = (f"-F{stubs}", f"-L{stubs}", *build_ffi.OBJC_LIBRARIES, "-lobjc")
+    frameworks = (f"-F{stubs}", f"-L{stubs}", *build_ffi.OBJC_LIBRARIES)
     return Target(cc, objc, ("-shared", "-Wl,-undefined,dynamic_lookup"), frameworks, "-Wl,-install_name,@rpath/")
 
 
@@ -137,7 +138,9 @@ def extension(target: Target, out: Path, module: str, header: str, sources: list
     python = f"-I{sysconfig.get_path('include')}"
     limited = f"-D{build_ffi.LIMITED_API[0]}={build_ffi.LIMITED_API[1]}"
     flags = (*build_ffi.CFLAGS, f"-I{build_ffi.NATIVE}", *flags)
-    objects = compile_all(target, sources, folder, flags) + compile_all(target, [glue], folder, [*flags, python, limited])
+    objects = compile_all(target, sources, folder, flags) + compile_all(
+        target, [glue], folder, [*flags, python, limited]
+    )
     libraries = target.objc_link if any(source.suffix == ".m" for source in sources) else ()
     return link(target, objects, out / f"{name}.abi3.so", *libraries)
 

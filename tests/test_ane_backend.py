@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,14 +134,16 @@ def test_what_cannot_be_bound_is_said(fake_ane):
 
 
 def test_a_binding_that_runs_is_not_started_again(fake_ane):
-    fake = fake_ane(evaluate_us=200_000)
-    binding, _ = bound(backend_of(fake), doubled())
+    fake = fake_ane()
+    backend = backend_of(fake)
+    binding, _ = bound(backend, doubled())
     thread = threading.Thread(target=binding.run)
-    thread.start()
-    while not binding._busy.locked():
-        pass
-    with pytest.raises(StateError, match="already running"):
-        binding.run()
+    with backend.compile(doubled()).in_use:  # the engine is busy with this program
+        thread.start()
+        while not binding._busy.locked():
+            time.sleep(0.001)
+        with pytest.raises(StateError, match="already running"):
+            binding.run()
     thread.join()
     assert fake.counts().evaluates == 1
 
