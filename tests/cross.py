@@ -1,7 +1,7 @@
 """Builds the native core, the Neural Engine's shim and the stand-in for another platform, of build_ffi's own lists.
 
-    python tests/cross.py aarch64 --root ROOT --out DIR  # for Linux on aarch64: clang, ROOT holds the system (.ci/aarch64)
-    python tests/cross.py macos --out DIR                # for macOS on Apple silicon: zig, headers in tests/macstub
+    python tests/cross.py aarch64 --root ROOT --out DIR  # Linux on aarch64: clang; .ci/aarch64 makes ROOT
+    python tests/cross.py macos --out DIR                # macOS on Apple silicon: zig, tests/macstub
 
 DIR then has _native.abi3.so and _ane.abi3.so, and for aarch64 fake.so; the objects lie below DIR/native and the like.
 """
