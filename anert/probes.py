@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anert.capabilities import ANE, load_record
+from anert.capabilities import ANE, Capabilities, load_record
 from anert.errors import AnertError, CompileError, InputError
 from anert.kernel import round_up
 from anert.mil import ops
@@ -485,17 +485,22 @@ def in_child(name: str, backend: str = "ane", opset: str = "ios18", limit_s: flo
         return asdict(Outcome(None, f"the probe's process ended with {how}: {last}"))
 
 
-def basic_probe() -> str:
-    """Why this machine's Neural Engine cannot be relied on; empty where it can be: doctor's record says so, or else a
-    child process compiles, runs and checks a small program now, in either dialect."""
-    if load_record() is not None:
-        return ""
-    outcomes = []
+def basic_probe() -> tuple[Capabilities | None, str]:
+    """(what this machine's Neural Engine takes, ""), or (None, why it cannot be relied on).
+
+    Doctor's record says so, or else a child process compiles, runs and checks a small program now: then the safe
+    capabilities, in the first dialect that passes.
+    """
+    record = load_record()
+    if record is not None:
+        return record, ""
+    faults = []
     for opset in ("ios18", "ios16"):
-        outcomes.append(in_child(BASIC, opset=opset))
-        if outcomes[-1]["ok"]:
-            return ""
-    return str(outcomes[0]["value"])
+        outcome = in_child(BASIC, opset=opset)
+        if outcome["ok"]:
+            return replace(ANE, opset=opset), ""
+        faults.append(str(outcome["value"]))
+    return None, faults[0]
 
 
 def child(argv: Sequence[str] | None = None) -> None:
