@@ -65,7 +65,7 @@ def objc_flags(include: Path) -> tuple[list[str], list[str]]:
     see."""
     flags = ["-fno-objc-arc", "-Werror=objc-method-access", "-Wno-unused-command-line-argument"]
     if sys.platform == "darwin":
-        return flags, ["-framework", "Foundation"]
+        return flags, ["-framework", "Foundation", "-lobjc"]
 
     def answer(*command: str) -> list[str]:
         return shlex.split(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

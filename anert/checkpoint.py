@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anert.errors import AnertError, InputError, NativeError, NonFiniteError
-from anert.files import fsync, publish
+from anert.files import fsync, publish, sha256
 from anert.tokenizer import Tokenizer
 
 VERSION = 1
@@ -186,7 +185,7 @@ def _write_step(
     files = {}
     for path in sorted(into.iterdir()):
         fsync(path)
-        files[path.name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
+        files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     own = {"format_version": VERSION, "step": step, "files": files}
     text = json.dumps({**own, **_plain(dict(state))}, indent=1, allow_nan=False)
     (into / STATE).write_text(text + "\n", encoding="utf-8")
@@ -253,7 +252,7 @@ def _verify(path: Path, name: str, entry: Any) -> None:
         size = file.stat().st_size
         if size != entry.get("size"):
             raise InputError(f"{path}: {name} has {size:,} bytes, {STATE} says {entry['size']:,}: truncated")
-        if _sha256(file) != entry.get("sha256"):
+        if sha256(file) != entry.get("sha256"):
             raise InputError(f"{path}: {name} differs from its sha256 in {STATE}: damaged on disk")
     except OSError as e:
         raise InputError(f"{path}: {name}: {e.strerror}") from None
@@ -346,11 +345,6 @@ def _remove_leftovers(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for path in (*run_dir.glob(".last.*.tmp"), *run_dir.glob(".best.*.tmp")):
         path.unlink(missing_ok=True)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from anert.options import Job
 from anert.plugin import Plugin
 from anert.report import UI, EventLog, Json, Off, Plain, dumps, follow
 
-EXIT_CODES = {"steps": 0, "time": 0, "interrupted": 130}
+EXIT_CODES = {"steps": 0, "time": 0, "budget": 0, "interrupted": 130}
 """By RunDone.reason; any other reason is a run that failed: 1."""
 
 
@@ -59,8 +59,14 @@ class Stop:
                 signal.signal(number, handler)
 
 
-def train(job: Job, *, ui: str | None = None, log: Path | None = None, as_json: bool = False) -> int:
-    """Train, show and log; returns the exit code. With `as_json` the summary is stdout's last line."""
+def train(
+    job: Job, *, ui: str | None = None, log: Path | None = None, as_json: bool = False,
+    again: Callable[[str], int] | None = None,
+) -> int:  # fmt: skip
+    """Train, show and log; returns the exit code. With `as_json` the summary is stdout's last line.
+
+    again(run directory): goes on with a run whose process has spent its compiles; saved, logged and told before.
+    """
     trainer: Callable[..., Iterator[ev.Event]] = job.plugin.train_with or _engine("train", "train")
     ranks = world()
     if ranks.size > 1 and job.plugin.train_with:
@@ -79,6 +85,8 @@ def train(job: Job, *, ui: str | None = None, log: Path | None = None, as_json: 
         view.close()
         events.close()
     ranks.close()
+    if done.reason == "budget" and again:
+        return again(str(done.summary["out"]))
     if as_json and shown:
         sys.stdout.write(dumps({"reason": done.reason, **done.summary}) + "\n")
         sys.stdout.flush()

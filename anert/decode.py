@@ -17,19 +17,20 @@ import numpy as np
 
 from anert import ffi
 from anert.backend.base import Binding, Program
-from anert.blocks import BlockKernels, build_cached_blocks
-from anert.errors import InputError, StateError
+from anert.blocks import BlockKernels, build_cached_blocks, mixing_block
+from anert.errors import InputError, StateError, UnsupportedError
 from anert.ffi import call
 from anert.head import Head
 from anert.kernel import Kernel, Slot, round_up
 from anert.model import Decoder
-from anert.network import Location
+from anert.network import Location, Network
 from anert.nn import MASKED, halves
 from anert.param import ParamStore
 from anert.runtime import Runtime
 from anert.surface import Surface, locked, shared
 
 WEIGHTS = ("fp16", "int8")
+FEW = 6
 WIDTHS = (1, 32, 256)
 """New positions that a program takes; an engine's own least width takes the place of smaller ones."""
 
@@ -48,6 +49,8 @@ class _Width:
     rotation: list[tuple[np.ndarray, np.ndarray]]
     """For cos and sin of each head size: (port view (2 hd, T), table (2 hd, S))."""
     tokens: np.ndarray
+    flops: int = 0
+    """Executed by the blocks in one run."""
     touched: list[Surface] = field(default_factory=list)
     filled: list[Surface] = field(default_factory=list)
     """What the host writes before a run; it reads `made` and writes `kept` behind one. Those alone that want locks."""
@@ -166,8 +169,9 @@ class Session:
         touched = [where.surface for where in common.values()] + [cache.surface for _, cache in new]
         filled = shared(where.surface for where in (x[0], *rotations))
         made, kept = (shared(pair[side].surface for pair in new) for side in range(2))
+        flops = self.layers * sum(self._compile(k, b).stats.flops_executed for b in blocks for k in b.forward)
         return _Width(size, head, x, rt.backend.chain(bindings), columns, len(new), rotation, np.zeros(size, np.int32),
-                      touched, filled, made, [*kept, *shared([self._past.surface])])  # fmt: skip
+                      flops, touched, filled, made, [*kept, *shared([self._past.surface])])  # fmt: skip
 
     def _bind(self, kernel: Kernel, env: dict[str, Location], block: BlockKernels, layer: int, j: int,
               turn: int) -> Binding:  # fmt: skip
@@ -209,6 +213,14 @@ class Session:
             self._tables[name] = np.concatenate(halves(getattr(np, name[:3])(angle)))
         return self._tables[name]
 
+    def flops(self, n: int) -> int:
+        """Executed by a call of `extend` with n tokens, classifier included."""
+        head, total = 2 * self.widths[0].head.vocab * self.model.config.dim, 0
+        while n > 0:
+            width = self._width(n)
+            total, n = total + width.flops, n - width.size
+        return total + head
+
     # ---- running
 
     def reset(self) -> None:
@@ -235,6 +247,9 @@ class Session:
             raise InputError(
                 f"{ids.size} tokens do not fit: the context of {self.capacity} positions holds {self.position} already"
             )
+        if int(ids.min()) < 0 or int(ids.max()) >= self.model.config.vocab_size:
+            worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise InputError(f"token {worst} is outside the vocabulary of {self.model.config.vocab_size}")
         start = 0
         while True:
             width = self._width(ids.size - start)
@@ -245,7 +260,10 @@ class Session:
                 return width.head.logits(width.x[-1], np.array([count - 1], np.int32))[0]
 
     def _width(self, n: int) -> _Width:
-        """The narrowest program that takes n tokens, or the widest there is."""
+        """The narrowest program that takes n tokens, or the widest there is; a few of them one by one, since weights
+        that are read again cost less than a wide program's padding."""
+        if n <= FEW and self.widths[0].size == 1:
+            return self.widths[0]
         for width in self.widths:
             if width.size >= n:
                 return width
@@ -266,6 +284,58 @@ class Session:
         for surface in width.touched:
             surface.touch()
         self.position = at + n
+
+
+class Windowed:
+    """What a Session offers, for a model whose blocks let positions see each other by other ways than attention: every
+    token runs the whole window again."""
+
+    WINDOW = 32
+
+    def __init__(self, runtime: Runtime, model: Decoder, store: ParamStore,
+                 on_compile: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
+        self.capacity, self._seen = model.config.seq_len, list[int]()
+        sizes = sorted({min(self.WINDOW, self.capacity), self.capacity})
+        self.networks = [Network(runtime, model, store, n, 1, False, on_compile) for n in sizes]
+        self.kernels = sum(net.kernels for net in self.networks)
+
+    @property
+    def position(self) -> int:
+        return len(self._seen)
+
+    def rewind(self, position: int) -> None:
+        """Forget the positions from `position` on; StateError if it has not been reached."""
+        if not 0 <= position <= self.position:
+            raise StateError(f"cannot go back to position {position}: {self.position} are seen")
+        del self._seen[position:]
+
+    def extend(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """As Session.extend."""
+        ids = [int(t) for t in tokens]
+        if not ids or len(ids) > self.capacity - self.position:
+            raise InputError(f"{len(ids)} tokens do not fit: {self.position} of {self.capacity} positions are taken")
+        seen = [*self._seen, *ids]
+        net = next(net for net in self.networks if net.n >= len(seen))
+        padded = np.zeros(net.n, np.int32)  # what stands behind the last token cannot reach it
+        padded[: len(seen)] = seen
+        logits = net.head.logits(net.forward(padded), np.array([len(seen) - 1], np.int32))[0]
+        self._seen = seen
+        return logits
+
+
+def open_session(
+    runtime: Runtime, model: Decoder, store: ParamStore, widths: Sequence[int] = WIDTHS, weights: str = "fp16",
+    on_compile: Callable[[int, int], None] | None = None,
+) -> Session | Windowed:  # fmt: skip
+    """A Session where a key-value cache can stand for the past, else Windowed. UnsupportedError: int8 weights there."""
+    mixing = mixing_block(model)
+    if not mixing:
+        return Session(runtime, model, store, widths=widths, weights=weights, on_compile=on_compile)
+    if weights != "fp16":
+        raise UnsupportedError(
+            f"block {mixing!r} mixes positions outside attention: it decodes with fp16 weights alone"
+        )
+    return Windowed(runtime, model, store, on_compile)
 
 
 def _is_cache(name: str) -> bool:

@@ -27,7 +27,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from anert.errors import InputError, StateError
-from anert.files import publish
+from anert.files import publish, sha256
 
 SILENCE_S = 12
 """Seconds without a sign of life after which a rank is lost; each sends one a second, whatever it computes."""
@@ -167,9 +167,9 @@ class Mpi:
         return json.loads(data.tobytes())
 
     def share_file(self, path: Path | None, into: Path) -> Path:
-        about = self.share({"path": str(path), "size": path.stat().st_size, "sha256": _sha256(path)} if path else None)
+        about = self.share({"path": str(path), "size": path.stat().st_size, "sha256": sha256(path)} if path else None)
         here = Path(about["path"])
-        mine = here.is_file() and here.stat().st_size == about["size"] and _sha256(here) == about["sha256"]
+        mine = here.is_file() and here.stat().st_size == about["size"] and sha256(here) == about["sha256"]
         if self.sum([not mine])[0] == 0:
             return here
         target, part = into / here.name, into / f".{here.name}.{os.getpid()}.tmp"
@@ -336,8 +336,3 @@ def leave(code: int) -> None:
     """End all ranks where this one ends early: with an error the others would wait for it for ever."""
     if world.cache_info().currsize and isinstance(found := world(), Mpi):
         found.abort(code)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

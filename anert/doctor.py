@@ -149,7 +149,7 @@ def _tools(plugins: Sequence[str]) -> Iterator[Check]:
 
 def _engine(probe: bool | None, exhaust: bool) -> Iterator[Check]:
     if probe is None:
-        probe = sys.platform == "darwin"
+        probe = sys.platform == "darwin" or bool(os.environ.get("ANERT_ANE"))
     if not probe:
         yield Check("neural-engine", None, f"needs macOS on Apple silicon, this is {sys.platform}",
                     "programs run on the cpu backend, from the same MIL text")  # fmt: skip

@@ -48,7 +48,7 @@ class Slot:
 
 @dataclass(slots=True)
 class Kernel:
-    """MIL text with named ports, not compiled. `sizes`: bytes of each port."""
+    """MIL text with named ports, not compiled. `sizes`: bytes of each port; `weights`: inputs that are parameters."""
 
     name: str
     text: str
@@ -56,6 +56,7 @@ class Kernel:
     inputs: dict[str, Slot]
     outputs: dict[str, Slot]
     sizes: dict[str, int] = field(default_factory=dict)
+    weights: tuple[str, ...] = ()
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -232,4 +233,5 @@ def build(stage: Stage, role: dict[str, str], layout: str, caps: Capabilities, n
     blobs = BlobDirectory()  # one file a constant: M1 refuses several in one (ane_facts 1.7)
     text = print_module(main, blobs=blobs, blob_threshold=LARGE_CONST)
     sizes = {v.name: v.type.nbytes for v in (*main.inputs, *main.outputs)}
-    return Kernel(name, text, blobs.files(), wire.inputs, wire.outputs, sizes)
+    weights = tuple(n for n in wire.inputs if role.get(n, "activation") != "activation")
+    return Kernel(name, text, blobs.files(), wire.inputs, wire.outputs, sizes, weights)

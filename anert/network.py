@@ -94,7 +94,7 @@ class Network:
     def _compile(self, on_compile: Callable[[int, int], None] | None) -> None:
         kernels = [kernel for b in self._blocks for kernel in b.kernels]
         for done, kernel in enumerate(kernels, 1):
-            self._programs[kernel.text] = self.runtime.backend.compile(kernel.text, kernel.blobs)
+            self._programs[kernel.text] = self.runtime.compile(kernel)
             if on_compile:
                 on_compile(done, len(kernels))
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anert.capabilities import ANE, load_record
+from anert.capabilities import ANE, Capabilities, load_record
 from anert.errors import AnertError, CompileError, InputError
 from anert.kernel import round_up
 from anert.mil import ops
@@ -318,9 +318,10 @@ def slice_limit(engine: Backend) -> Outcome:
 def conv_weights(engine: Backend) -> Outcome:
     a, faults = data(1, 64, 1, 64), []
     for factor in (2.0, 3.0):
-        fn, (x, w) = function(engine, ("i00_x", a.shape), ("i01_w", (64, 64, 1, 1)))
-        weight = (np.eye(64) * factor).reshape(64, 64, 1, 1)
-        faults.append(works(engine, result(fn, ops.conv(x, w)), {"i00_x": a, "i01_w": weight}, factor * a))
+        fn, (x, w) = function(engine, ("i00_x", a.shape), ("i01_w", (1, 64, 1, 64)))
+        y = ops.conv(x, ops.reshape(w, shape=(64, 64, 1, 1)))
+        weight = (np.eye(64) * factor).reshape(1, 64, 1, 64)
+        faults.append(works(engine, result(fn, y), {"i00_x": a, "i01_w": weight}, factor * a))
     fault = next(filter(None, faults), "")
     return Outcome(True, fault or "taken", {"conv_runtime_weights": not fault}, {"ANE208": bool(fault)})
 
@@ -484,17 +485,22 @@ def in_child(name: str, backend: str = "ane", opset: str = "ios18", limit_s: flo
         return asdict(Outcome(None, f"the probe's process ended with {how}: {last}"))
 
 
-def basic_probe() -> str:
-    """Why this machine's Neural Engine cannot be relied on; empty where it can be: doctor's record says so, or else a
-    child process compiles, runs and checks a small program now, in either dialect."""
-    if load_record() is not None:
-        return ""
-    outcomes = []
+def basic_probe() -> tuple[Capabilities | None, str]:
+    """(what this machine's Neural Engine takes, ""), or (None, why it cannot be relied on).
+
+    Doctor's record says so, or else a child process compiles, runs and checks a small program now: then the safe
+    capabilities, in the first dialect that passes.
+    """
+    record = load_record()
+    if record is not None:
+        return record, ""
+    faults = []
     for opset in ("ios18", "ios16"):
-        outcomes.append(in_child(BASIC, opset=opset))
-        if outcomes[-1]["ok"]:
-            return ""
-    return str(outcomes[0]["value"])
+        outcome = in_child(BASIC, opset=opset)
+        if outcome["ok"]:
+            return replace(ANE, opset=opset), ""
+        faults.append(str(outcome["value"]))
+    return None, faults[0]
 
 
 def child(argv: Sequence[str] | None = None) -> None:

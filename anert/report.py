@@ -260,6 +260,7 @@ def log_line(event: ev.Event) -> str:
 REASONS = {
     "steps": "done: all steps",
     "time": "done: the time budget is spent",
+    "budget": "saved: the compiles of this process are spent",
     "interrupted": "interrupted and saved",
     "diverged": "stopped: training diverged; the last good checkpoint is kept",
     "unsaved": "ended, and the last steps are not saved: the disk refused them; the older checkpoints are kept",

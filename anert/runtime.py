@@ -16,12 +16,15 @@ from anert.ffi import Pool, call
 from anert.surface import Heap
 
 if TYPE_CHECKING:
-    from anert.backend.base import Backend
+    from anert.backend.baked import Baked
+    from anert.backend.base import Backend, Program
     from anert.backend.plan import PlanCache
+    from anert.kernel import Kernel
 
 BACKENDS = ("auto", "cpu", "ane", "reference")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 LAYOUTS = ("auto", "ports", "packed")
+STRATEGIES = ("tensors", "baked")
 
 
 class Runtime:
@@ -30,15 +33,16 @@ class Runtime:
     backend: a name of BACKENDS. `ane` raises BackendUnavailable off a Mac and where the engine does not pass the basic
     probe: it never runs elsewhere instead. `auto` is `ane` where that passes, else `cpu`. precision `auto`: bf16 where
     the CPU multiplies bf16 natively, else fp32; on `ane`, whose blocks compute in fp16, it is that of the host's part.
-    threads 0: what the machine grants.
+    threads 0: what the machine grants. strategy `tensors`: weights are inputs; `baked`: constants, for comparison.
     """
 
     def __init__(self, backend: str = "auto", precision: str = "auto", layout: str = "auto", threads: int = 0,
-                 compile_budget: int = 0, isa: str = "auto") -> None:  # fmt: skip
+                 compile_budget: int = 0, isa: str = "auto", strategy: str = "tensors") -> None:  # fmt: skip
         for value, known, option in (
             (backend, BACKENDS, "backend"),
             (precision, PRECISIONS, "precision"),
             (layout, LAYOUTS, "layout"),
+            (strategy, STRATEGIES, "strategy"),
         ):
             if value not in known:
                 raise InputError(f"--{option} takes one of {', '.join(known)}, got {value!r}")
@@ -54,7 +58,23 @@ class Runtime:
             self.engine = ThreadPoolExecutor(1, "anert-engine")
         self.note = self._note(backend, precision, reason)
         self.layout = layout if layout != "auto" else self.backend.capabilities.layout
+        self.baked: Baked | None = None
+        if strategy == "baked":
+            self._bake(layout)
         self._peak = 0.0
+
+    def _bake(self, layout: str) -> None:
+        from anert.backend.baked import Baked
+        from anert.backend.cpu import CpuBackend
+
+        self.layout = "ports" if layout == "auto" else layout
+        if isinstance(self.backend, CpuBackend):
+            self.backend.cache = None  # programs that nobody will ask for again
+        self.baked = Baked(self.backend)
+
+    def compile(self, kernel: Kernel) -> Program:
+        """The Program of a kernel, by this runtime's strategy. Raises CompileError past the budget."""
+        return self.baked.program(kernel) if self.baked else self.backend.compile(kernel.text, kernel.blobs)
 
     def _open(self, asked: str) -> tuple[Backend, str]:
         """The backend, and where `auto` chose it, why."""
@@ -128,8 +148,10 @@ class Runtime:
 
 
 def open_runtime(options: Any) -> Runtime:
-    """A Runtime by the fields `backend, precision, layout, threads, compile_budget` of `options` (TrainOptions)."""
-    return Runtime(options.backend, options.precision, options.layout, options.threads, options.compile_budget)
+    """A Runtime by the fields `backend, precision, layout, threads, compile_budget, strategy` of `options`
+    (TrainOptions)."""
+    return Runtime(options.backend, options.precision, options.layout, options.threads, options.compile_budget,
+                   strategy=options.strategy)  # fmt: skip
 
 
 def open_ane() -> Backend:
@@ -140,9 +162,10 @@ def open_ane() -> Backend:
     from anert.backend.ane import AneBackend
     from anert.probes import basic_probe
 
-    if fault := basic_probe():
+    capabilities, fault = basic_probe()
+    if capabilities is None:
         raise BackendUnavailable(f"the Neural Engine does not pass the basic probe: {fault}; see `anert doctor`")
-    return AneBackend()
+    return AneBackend(capabilities)
 
 
 def plan_cache() -> PlanCache | None:

@@ -88,6 +88,8 @@ class TrainOptions:
     """0: ANERT_NUM_THREADS, else what the cgroup and affinity grant."""
     compile_budget: int = 0
     """0: the backend's own."""
+    strategy: str = "tensors"
+    """Weights are inputs (`tensors`), or constants compiled anew after each step (`baked`, to compare)."""
 
 
 class Trainer:
@@ -136,7 +138,9 @@ class Trainer:
         self.world = world()
         self.batch, self.accum = portion(o.batch, o.grad_accum, self.world.size)
         threads = o.threads or (max(1, threads_granted() // self.world.local_size) if self.world.size > 1 else 0)
-        self.rt = Runtime(o.backend, o.precision, o.layout, threads, o.compile_budget)
+        self.rt = Runtime(o.backend, o.precision, o.layout, threads, o.compile_budget, strategy=o.strategy)
+        if self.rt.baked and self.world.size > 1:
+            raise InputError("--strategy baked trains as one process: leave out mpiexec")
         self.world.require_equal("options", repr((self.plugin.name, self.config, o, self.rt.precision)))
         yield Notice("info", self.rt.note)
         self._optimizer_kind()  # refuses what cannot be before anything is written or compiled
@@ -163,15 +167,15 @@ class Trainer:
         self.store.sync()
 
     def _networks(self) -> Iterator[Event]:
-        from anert.decode import Session
+        from anert.decode import Session, Windowed, open_session
         from anert.network import Network
 
         cfg = self.config
 
-        def build(progress: Callable[[float, float], None]) -> tuple[Network, Session]:
+        def build(progress: Callable[[float, float], None]) -> tuple[Network, Session | Windowed]:
             ready = self.gradient_sum.ready if self.gradient_sum else None
             train = Network(self.rt, self.model, self.store, cfg.seq_len, self.batch, True, progress, ready)
-            return train, Session(self.rt, self.model, self.store, widths=SAMPLE_WIDTHS, on_compile=progress)
+            return train, open_session(self.rt, self.model, self.store, SAMPLE_WIDTHS, on_compile=progress)
 
         self.net, self.sampler = yield from waited("compile kernels", "kernels", build)
 
@@ -235,6 +239,10 @@ class Trainer:
             return
         yield from self._saved(wait=True)
         if self.health.suspect or self.sick:
+            return
+        if math.isfinite(self.retry_at) and time.monotonic() < self.retry_at and not self.ended:
+            if best:  # the disk has refused a moment ago; the next validation that is better will be the best again
+                self.best_val = self.best_on_disk
             return
         if self.saved_path and not self.out.is_dir():
             yield Notice("warning", f"{self.out} has vanished with the checkpoints in it: made anew")
@@ -360,7 +368,8 @@ class Trainer:
         stop, late, sick = map(bool, self.world.sum([self.stop(), late, first and bool(self.sick)]))
         if sick and not self.sick:
             self.sick = "a weight is not finite"
-        return "interrupted" if stop else "time" if late else ""
+        spent = self.rt.baked is not None and not self.rt.baked.affords()
+        return "interrupted" if stop else "time" if late else "budget" if spent else ""
 
     def _started(self) -> RunStarted:
         o, rt, d = self.options, self.rt, self.data
@@ -471,6 +480,9 @@ class Trainer:
         """Mean loss over the fixed validation windows; the best one so far is saved as `best`."""
         start, o, world = time.perf_counter(), self.options, self.world
         self.net.settle()
+        if self.rt.baked and not self.rt.baked.affords():
+            yield Notice("warning", f"step {self.step} is not validated: too few compiles are left to bake its weights")
+            return
         total, count, number, n = 0.0, 0.0, 0, self.net.n
         whole, told = o.eval_tokens or self.data.dataset.val_tokens, start
         for tokens, targets in self.data.dataset.val_windows(o.batch, o.eval_tokens):
@@ -518,7 +530,7 @@ class Trainer:
         yield from self._saved(wait=True)
         (moved,) = self.world.sum([self.world.rank == 0 and self.step > self.saved_step])
         if reason != "diverged" and moved:
-            if reason != "interrupted":
+            if reason not in ("interrupted", "budget"):
                 yield from self._validate()
             yield from self._save_last()
             if math.isfinite(self.retry_at):
@@ -526,7 +538,7 @@ class Trainer:
             elif self.step > self.saved_step and self.world.rank == 0:
                 yield Notice("warning", f"the last {self.health.bad} steps were not usable, so not saved ({self.why}). "
                                         f"{self._kept()}")  # fmt: skip
-            if reason != "interrupted" and self.options.sample_every and self.world.rank == 0:
+            if reason not in ("interrupted", "budget") and self.options.sample_every and self.world.rank == 0:
                 yield self._sample(500, seconds=5.0)  # a whole story
         yield RunDone(reason, self.summary())
         self.rt.close()
@@ -558,6 +570,7 @@ class Trainer:
             "rollbacks": self.rolled_back, "ranks": self.world.size,
             "checkpoint": self.saved_path, "backend": self.rt.backend.name, "precision": self.rt.precision,
             "threads": self.rt.pool.threads, "rss_mb": rss_bytes() / 2**20, "out": str(self.out),
+            **({"baked": self.rt.baked.compiles, "bake_ms": self.rt.baked.ms} if self.rt.baked else {}),
         }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ anert_status anert_ane_compile(anert_ane *ane, const char *text, size_t text_byt
 anert_status anert_ane_program_load(anert_ane_program *program, anert_error *err);
 anert_status anert_ane_program_unload(anert_ane_program *program, anert_error *err); /* waits for a run in flight */
 int32_t anert_ane_program_loaded(const anert_ane_program *program);
-const char *anert_ane_program_id(const anert_ane_program *program); /* the framework's content hash, hexadecimal */
+const char *anert_ane_program_id(const anert_ane_program *program); /* the framework's content hash: a file name */
 void anert_ane_program_free(anert_ane_program *program);
 
 /* ---- Bindings: a request, built once ----

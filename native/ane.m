@@ -7,7 +7,7 @@
 #include "ane_apple.h"
 
 #define MODEL_PATH @"@model_path/"
-enum { QOS = 21, HEX_BYTES = 129, RETRY_MICROSECONDS = 100000 };
+enum { QOS = 21, HEX_BYTES = 256, LOAD_ATTEMPTS = 2, RETRY_MICROSECONDS = 100000 };
 
 static _Atomic int64_t compiles, loaded;
 
@@ -104,7 +104,8 @@ static anert_status take_blobs(const anert_ane_blob *blobs, int32_t n, NSMutable
     for (int32_t i = 0; i < n; i++) {
         NSString *path = blobs[i].path == NULL ? nil : [NSString stringWithUTF8String:blobs[i].path];
         NSString *name = blob_name(path);
-        if (name == nil || [weights objectForKey:path] != nil || (blobs[i].data == NULL && blobs[i].nbytes > 0))
+        bool whole = blobs[i].data != NULL || blobs[i].nbytes == 0;
+        if (path == nil || name == nil || [weights objectForKey:path] != nil || !whole)
             return anert_fail(err, ANERT_EINVAL, "blob %d, %s, is not a new file below @model_path/", i,
                               blobs[i].path == NULL ? "without a path" : blobs[i].path);
         NSData *data = [NSData dataWithBytes:blobs[i].data length:blobs[i].nbytes];
@@ -185,12 +186,12 @@ anert_status anert_ane_compile(anert_ane *ane, const char *text, size_t text_byt
 /* Both mutexes are held, here and below. */
 static anert_status load_staged(anert_ane_program *program, anert_error *err) {
     GUARDED
-    anert_status status = stage_write(program->hex, program->files, err);
-    if (status != ANERT_OK) return status;
     NSError *error = nil;
-    BOOL yes = [program->model loadWithQoS:QOS options:@{} error:&error];
-    if (!yes) { /* a slot is being reclaimed */
-        usleep(RETRY_MICROSECONDS);
+    BOOL yes = NO;
+    for (int attempt = 0; attempt < LOAD_ATTEMPTS && !yes; attempt++) {
+        if (attempt > 0) usleep(RETRY_MICROSECONDS); /* a slot is being reclaimed */
+        anert_status status = stage_write(program->hex, program->files, err); /* another process may have removed them */
+        if (status != ANERT_OK) return status;
         error = nil;
         yes = [program->model loadWithQoS:QOS options:@{} error:&error];
     }

@@ -39,42 +39,41 @@ typedef struct {
     const char *class_name, *selector;
     bool class_method;
     const char *types; /* 'B' stands for this platform's BOOL */
+    const char *also;  /* other types that take the same arguments, or NULL */
 } known_selector;
 static const known_selector SELECTORS[] = {
-    {"_ANEInMemoryModelDescriptor", "modelWithMILText:weights:optionsPlist:", true, "@@:@@@"},
-    {"_ANEInMemoryModel", "inMemoryModelWithDescriptor:", true, "@@:@"},
-    {"_ANEInMemoryModel", "hexStringIdentifier", false, "@@:"},
-    {"_ANEInMemoryModel", "compileWithQoS:options:error:", false, "B@:I@^@"},
-    {"_ANEInMemoryModel", "loadWithQoS:options:error:", false, "B@:I@^@"},
-    {"_ANEInMemoryModel", "evaluateWithQoS:options:request:error:", false, "B@:I@@^@"},
-    {"_ANEInMemoryModel", "unloadWithQoS:error:", false, "B@:I^@"},
-    {"_ANEIOSurfaceObject", "objectWithIOSurface:", true, "@@:^{__IOSurface}"},
+    {"_ANEInMemoryModelDescriptor", "modelWithMILText:weights:optionsPlist:", true, "@@:@@@", NULL},
+    {"_ANEInMemoryModel", "inMemoryModelWithDescriptor:", true, "@@:@", NULL},
+    {"_ANEInMemoryModel", "hexStringIdentifier", false, "@@:", NULL},
+    {"_ANEInMemoryModel", "compileWithQoS:options:error:", false, "B@:I@^@", NULL},
+    {"_ANEInMemoryModel", "loadWithQoS:options:error:", false, "B@:I@^@", NULL},
+    {"_ANEInMemoryModel", "evaluateWithQoS:options:request:error:", false, "B@:I@@^@", NULL},
+    {"_ANEInMemoryModel", "unloadWithQoS:error:", false, "B@:I^@", NULL},
+    {"_ANEIOSurfaceObject", "objectWithIOSurface:", true, "@@:^{__IOSurface}", "@@:@"}, /* an IOSurface is an object, too */
     {"_ANERequest",
      "requestWithInputs:inputIndices:outputs:outputIndices:weightsBuffer:perfStats:procedureIndex:", true,
-     "@@:@@@@@@@"},
+     "@@:@@@@@@@", NULL},
 };
 enum { N_SELECTORS = sizeof SELECTORS / sizeof *SELECTORS };
 /* Does for the last of these where that one is not as expected. */
 static const known_selector SHORT_REQUEST = {
-    "_ANERequest", "requestWithInputs:inputIndices:outputs:outputIndices:procedureIndex:", true, "@@:@@@@@"};
+    "_ANERequest", "requestWithInputs:inputIndices:outputs:outputIndices:procedureIndex:", true, "@@:@@@@@", NULL};
 
 /* A type encoding without offsets, qualifiers, class names and the members of structs: what two builds agree on. */
 static void plain_types(const char *types, char *out, size_t size) {
     size_t n = 0;
-    bool members = false;
+    bool name = false, members = false; /* of a struct: the name stays, the members go */
     for (const char *c = types; *c != '\0' && n + 1 < size; c++) {
         if (*c == '"') { /* @"NSError" */
             const char *end = strchr(c + 1, '"');
             if (end == NULL) break;
             c = end;
-        } else if (members && *c != '}') {
             continue;
-        } else if (*c == '=') {
-            members = true;
-        } else if (strchr("0123456789+-rnNoORV", *c) == NULL || (n > 0 && memchr(out, '{', n) > memchr(out, '}', n))) {
-            out[n++] = *c;
-            members = members && *c != '}';
         }
+        if (*c == '}') name = members = false;
+        members = members || (name && *c == '=');
+        if (!members && (name || strchr("0123456789+-rnNoORV", *c) == NULL)) out[n++] = *c;
+        name = name || *c == '{';
     }
     out[n] = '\0';
 }
@@ -91,7 +90,7 @@ static void inspect(const known_selector *known, anert_ane_selector *out) {
     Method method = known->class_method ? class_getClassMethod(class, selector) : class_getInstanceMethod(class, selector);
     const char *types = method == NULL ? NULL : method_getTypeEncoding(method);
     plain_types(types == NULL ? "" : types, out->found, sizeof out->found);
-    out->ok = strcmp(out->found, out->expected) == 0;
+    out->ok = strcmp(out->found, out->expected) == 0 || (known->also != NULL && strcmp(out->found, known->also) == 0);
 }
 
 /* EUNSUPPORTED for a path of the caller's, but in a test build. */

@@ -29,7 +29,7 @@ typedef struct {
 
 struct anert_pool {
     int32_t n_threads, isa;
-    pid_t owner;
+    uint32_t owner; /* `forks` when it was made */
     pthread_mutex_t gate;       /* recursive: one caller computes at a time */
     pthread_mutex_t child_gate; /* the same in a forked child, where gate may be held by a thread that is gone */
     _Atomic(anert_body *) body;
@@ -57,7 +57,13 @@ static void relax(void) {
 #endif
 }
 
-static bool forked(const anert_pool *pool) { return getpid() != pool->owner; }
+/* How often this process is a fork of one that had a pool: asked at each loop, so no system call. */
+static _Atomic uint32_t forks;
+static pthread_once_t watch = PTHREAD_ONCE_INIT;
+static void count_fork(void) { atomic_fetch_add(&forks, 1); }
+static void watch_forks(void) { pthread_atfork(NULL, NULL, count_fork); }
+
+static bool forked(const anert_pool *pool) { return atomic_load_explicit(&forks, memory_order_relaxed) != pool->owner; }
 
 static pthread_mutex_t *gate_of(anert_pool *pool) { return forked(pool) ? &pool->child_gate : &pool->gate; }
 
@@ -233,7 +239,8 @@ anert_status anert_pool_new(int32_t n_threads, int32_t isa, anert_pool **out, an
         return anert_fail(err, ANERT_ENOMEM, "no memory for a pool of %zu bytes", sizeof *pool);
     pool->n_threads = n_threads;
     pool->isa = isa == ANERT_ISA_AUTO ? anert_isa_best() : isa;
-    pool->owner = getpid();
+    pthread_once(&watch, watch_forks);
+    pool->owner = atomic_load(&forks);
     atomic_store(&pool->state, CLOSED);
     init_locks(pool);
     pool->workers = calloc((size_t)n_threads, sizeof *pool->workers);

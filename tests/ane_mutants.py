@@ -9,10 +9,11 @@ SHARED = "programs_of_one_content_share_a_directory"
 BUSY = "a_run_keeps_its_surfaces_and_its_program"
 LOCKS = "locks_follow_the_rules_of_a_surface"
 OTHERS = "other_versions_of_the_framework"
+SHORT, SPELT = "the_shorter_request_does_too", "types_that_differ_in_spelling_alone"
 FIT = "ports_that_do_not_fit"
 COMPILE = "if (![program->model compileWithQoS:QOS options:@{} error:&error])"
 UNLOAD = "if (![program->model unloadWithQoS:QOS error:&error])"
-LOAD = "BOOL yes = [program->model loadWithQoS:QOS options:@{} error:&error];"
+LOAD = "yes = [program->model loadWithQoS:QOS options:@{} error:&error];"
 EVALUATE = "BOOL yes = [binding->program->model evaluateWithQoS:QOS options:@{} request:binding->request error:&error];"
 
 Mutant = tuple[str, tuple[tuple[str, str, str], ...], tuple[str, ...]]
@@ -46,9 +47,9 @@ ARGUMENTS = [
     in_ane("plist not nil", "optionsPlist:nil]", "optionsPlist:@{}]", FLOW),
     in_ane("weight offset 64", '@{@"offset" : @0,', '@{@"offset" : @64,', WEIGHTS),
     in_ane("weights without their path", "forKey:path];", "forKey:name];", WEIGHTS),
-    in_ane("the other request", "if (ane->short_request)", "if (!ane->short_request)", OTHERS),
+    in_ane("the other request", "if (ane->short_request)", "if (!ane->short_request)", SHORT),
     in_ane("procedure nil in the other request", "output_indices\n                                      procedureIndex:@0",
-           "output_indices\n                                      procedureIndex:nil", OTHERS),
+           "output_indices\n                                      procedureIndex:nil", SHORT),
     in_ane("QoS out of range", "QOS = 21", "QOS = 99", FLOW),
     in_ane("compile options nil", COMPILE, COMPILE.replace("@{}", "nil"), FLOW),
     in_ane("load options nil", LOAD, LOAD.replace("@{}", "nil"), FLOW),
@@ -149,13 +150,16 @@ STAGING = [
            "a_program_that_the_compiler_refuses"),
     in_ane("directory not counted", "stage *found = stages;", "stage *found = NULL;", SHARED),
     in_ane("directory removed by the first", "if (--held->holders == 0) {", "if (--held->holders >= 0) {", SHARED),
-    in_ane("not staged again before a load", "    anert_status status = stage_write(program->hex, program->files, err);\n"
-           "    if (status != ANERT_OK) return status;\n    NSError *error = nil;\n    BOOL yes", "    NSError *error = nil;\n"
-           "    BOOL yes", BACK),
+    in_ane("not staged again before a load", "stage_write(program->hex, program->files, err); /* another",
+           "ANERT_OK; /* another", BACK),
+    in_ane("not staged again before the second load", "stage_write(program->hex, program->files, err); /* another",
+           "attempt > 0 ? ANERT_OK : stage_write(program->hex, program->files, err); /* another",
+           "a_staging_directory_that_goes_away_during_a_load"),
     in_ane("what the compiler left is not kept", 'for (NSString *name in @[ @"net.plist", @"data" ]) {',
            "for (NSString *name in @[]) {", BACK),
     in_ane("data is not kept", 'for (NSString *name in @[ @"net.plist", @"data" ]) {',
            'for (NSString *name in @[ @"net.plist" ]) {', BACK),
+    in_ane("hash of 64 bytes at most", "HEX_BYTES = 256", "HEX_BYTES = 65", FLOW),
     ("hash unchecked", ((ANE, "*hex == '.' || ", ""), (ANE, " || strchr(hex, '/') != NULL)", ")")),
      ("a_hash_that_names_no_directory",)),
     in_ane("any prefix of a weight file", "if (![path hasPrefix:MODEL_PATH]) return nil;", "",
@@ -169,7 +173,8 @@ STAGING = [
 ]  # fmt: skip
 
 STATES = [
-    in_ane("no second load", "if (!yes) { /* a slot", "if (0) { /* a slot", "a_load_that_fails_once_is_tried_again"),
+    in_ane("no second load", "LOAD_ATTEMPTS = 2", "LOAD_ATTEMPTS = 1", "a_load_that_fails_once_is_tried_again"),
+    in_ane("three loads", "LOAD_ATTEMPTS = 2", "LOAD_ATTEMPTS = 3", "a_load_that_fails_twice_is_refused"),
     in_ane("second load at once", "RETRY_MICROSECONDS = 100000", "RETRY_MICROSECONDS = 0",
            "a_load_that_fails_once_is_tried_again"),
     in_ane("load in any state", "if (program->loaded == expected)", "if (1)", "states"),
@@ -191,6 +196,10 @@ STATES = [
 LOCKING = [
     in_surface("not zeroed", "if (surface->base != NULL) memset(surface->base, 0, surface->nbytes);", "",
                "a_surface_is_zeroed_and_ends_where_it_ends(nbytes=4096)"),
+    in_surface("written past its end", "memset(surface->base, 0, surface->nbytes);", "memset(surface->base, 0, surface->nbytes + 1);",
+               "a_surface_is_zeroed_and_ends_where_it_ends(nbytes=4096)"),
+    in_surface("written past an odd end", "memset(surface->base, 0, surface->nbytes);", "memset(surface->base, 0, surface->nbytes + 1);",
+               "a_surface_is_zeroed_and_ends_where_it_ends(nbytes=63)"),
     in_surface("half a surface", "numberWithUnsignedLong:surface->nbytes]", "numberWithUnsignedLong:surface->nbytes / 2]", FLOW),
     in_surface("rows longer than the surface", "(id)*ios->bytes_per_row : nbytes", "(id)*ios->bytes_per_row : @1", FLOW),
     in_surface("a property missing", "        (id)*ios->height : @1,\n", "", FLOW),
@@ -220,11 +229,13 @@ LOCKING = [
 
 OPENING = [
     in_framework("nothing checked", "if (status == ANERT_OK) status = check_selectors(&ane->short_request, err);", "", OTHERS),
-    in_framework("the other request is not looked for", "bool spare = seen.ok;", "bool spare = false;", OTHERS),
-    in_framework("the other request for anything", "if (i == N_SELECTORS - 1) *short_request", "*short_request", OTHERS),
-    in_framework("types unchecked", "out->ok = strcmp(out->found, out->expected) == 0;", "out->ok = out->found[0] != 0;", OTHERS),
-    in_framework("offsets in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("+-rnNoORV", *c) == NULL', FLOW),
-    in_framework("qualifiers in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("0123456789", *c) == NULL', FLOW),
+    in_framework("the other request is not looked for", "bool spare = seen.ok;", "bool spare = false;", SHORT),
+    in_framework("the other request for anything", "if (i == N_SELECTORS - 1) *short_request", "*short_request", SHORT, OTHERS),
+    in_framework("types unchecked", "out->ok = strcmp(out->found, out->expected) == 0 ||", "out->ok = out->found[0] != 0 ||", OTHERS),
+    in_framework("surfaces as objects unknown", "(known->also != NULL && strcmp(", "(0 && strcmp(", SPELT),
+    in_framework("class names in types", "c = end;", "end = NULL;", SPELT),
+    in_framework("offsets in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("+-rnNoORV", *c) == NULL', SPELT),
+    in_framework("qualifiers in types", 'strchr("0123456789+-rnNoORV", *c) == NULL', 'strchr("0123456789", *c) == NULL', SPELT),
     in_framework("class methods unseen", "known->class_method ? class_getClassMethod(class, selector) :", "", FLOW),
     in_framework("framework not opened", "if (dlopen(path == NULL ? FRAMEWORK : path, RTLD_NOW | RTLD_LOCAL) == NULL)", "if (0)",
            "a_framework_that_is_not_there"),

@@ -87,6 +87,10 @@ def with_fault(what: str) -> None:
                     raise train.InputError("something of rank 1 is wrong")
                 case "drift":
                     self.store.master[5] += 1
+        if what == "astray" and self.step == 9 and not self.rolled_back:
+            self.saver.settle()
+            self.store.master.fill(3e4)
+            self.store.sync()
         if what == "slow" and self.step == 3 and self.world.rank == 1:
             time.sleep(dist.SILENCE_S + 5)
         return real(self)
@@ -94,6 +98,17 @@ def with_fault(what: str) -> None:
     train.Trainer.train_step = step
     if what == "broken-sum":
         dist.GradientSum.finish = lambda self: 0.0
+    if what == "overlap":
+        begin, finish = dist.GradientSum.__init__, dist.GradientSum.finish
+
+        def small(self, world, grads):
+            begin(self, world, grads, bucket=1 << 14)
+
+        def told(self):
+            print(f"rank {self.world.rank}: {len(self._requests)} buckets under way when the backward pass ends")
+            return finish(self)
+
+        dist.GradientSum.__init__, dist.GradientSum.finish = small, told
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,14 +134,16 @@ def test_what_cannot_be_bound_is_said(fake_ane):
 
 
 def test_a_binding_that_runs_is_not_started_again(fake_ane):
-    fake = fake_ane(evaluate_us=200_000)
-    binding, _ = bound(backend_of(fake), doubled())
+    fake = fake_ane()
+    backend = backend_of(fake)
+    binding, _ = bound(backend, doubled())
     thread = threading.Thread(target=binding.run)
-    thread.start()
-    while not binding._busy.locked():
-        pass
-    with pytest.raises(StateError, match="already running"):
-        binding.run()
+    with backend.compile(doubled()).in_use:  # the engine is busy with this program
+        thread.start()
+        while not binding._busy.locked():
+            time.sleep(0.001)
+        with pytest.raises(StateError, match="already running"):
+            binding.run()
     thread.join()
     assert fake.counts().evaluates == 1
 
@@ -403,7 +406,7 @@ def in_child(code: str, **more) -> subprocess.CompletedProcess:
 
 SAY = """from anert.runtime import Runtime
 rt = Runtime({!r})
-print(rt.backend.name, rt.engine is not None)
+print(rt.backend.name, rt.engine is not None, rt.backend.capabilities.opset)
 print(rt.note)
 """
 
@@ -411,17 +414,17 @@ print(rt.note)
 def test_the_engine_is_chosen_where_it_passes_the_basic_probe():
     done = in_child(SAY.format("auto"), ANERT_FAKE_PROFILE="m4")
     name, note = done.stdout.splitlines()
-    assert name == "ane True" and note.startswith("backend ane (auto: passes the basic probe); precision")
+    assert name == "ane True ios18" and note.startswith("backend ane (auto: passes the basic probe); precision")
     assert "on the host, fp16 on the engine; 1 threads, " in note
     done = in_child(SAY.format("ane"), ANERT_FAKE_PROFILE="m1")  # canonical dialect alone
-    assert done.stdout.splitlines()[0] == "ane True"
+    assert done.stdout.splitlines()[0] == "ane True ios16"
 
 
 def test_an_engine_that_is_not_as_known_is_not_chosen_and_asking_for_it_is_an_error():
     broken = {"ANERT_FAKE_PROFILE": "m4", "ANERT_FAKE_MISSING": "_ANERequest"}
     done = in_child(SAY.format("auto"), **broken)
     name, note = done.stdout.splitlines()
-    assert name == "cpu False" and "backend cpu (auto: the Neural Engine does not pass the basic probe" in note
+    assert name == "cpu False ios18" and "backend cpu (auto: the Neural Engine does not pass the basic probe" in note
     assert "has no class _ANERequest" in note
     command = [sys.executable, "-m", "anert", "run", "plugins/stories.py", "--backend", "ane", "--json"]
     done = subprocess.run(command, env=child_env(**broken), capture_output=True, text=True, cwd=ROOT)

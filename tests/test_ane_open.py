@@ -127,45 +127,66 @@ def test_every_selector_is_as_expected(fake_ane):
     }
 
 
-def test_other_versions_of_the_framework(fake_ane):
-    """A class or selector that is missing, or a type that has changed, is a sentence before anything is sent."""
-    fake = fake_ane()
-    rows = inspect(fake.path)
-    classes = sorted({row["class"] for row in rows})
-    selectors = [(row["class"], row["selector"]) for row in rows]
-    names = [f"{owner} {selector[1:]}" for owner, selector in selectors]
-    request, spare = names[-1], "_ANERequest requestWithInputs:inputIndices:outputs:outputIndices:procedureIndex:"
-    assert request.startswith("_ANERequest")
-    variants = [("", ""), (request, ""), ("", request), ("", spare), (f"{spare}|{request}", ""), (request, spare)]
-    names, selectors = names[:-1], selectors[:-1]
-    variants += [*((c, "") for c in classes), *((n, "") for n in names), *(("", n) for n in names)]
+REQUEST = "_ANERequest requestWithInputs:inputIndices:outputs:outputIndices:weightsBuffer:perfStats:procedureIndex:"
+SHORT = "_ANERequest requestWithInputs:inputIndices:outputs:outputIndices:procedureIndex:"
+SURFACE, TEXT = "_ANEIOSurfaceObject objectWithIOSurface:", f"{DESCRIPTOR} modelWithMILText:weights:optionsPlist:"
+
+
+def opened_as(fake, variants: list[tuple[str, str]]) -> list[list]:
+    """[exception, message, selectors that are not as expected] for each (missing, changed): tests/ane_variants.py."""
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     command = [sys.executable, str(ROOT / "tests" / "ane_variants.py"), fake.path]
     done = subprocess.run(command, input=json.dumps(variants), capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout)
-    assert answers.pop(0) == ["", "", []]
-    for found in ("", "v@:", None):  # either request is enough
-        kind, message, odd = answers.pop(0)
-        assert (kind, message) == ("", "")
-        assert [row["found"] for row in odd] == ([found] if found is not None else [])
-    for _ in range(2):
-        assert answers.pop(0)[:2] == ["BackendUnavailable", "_ANERequest does not answer +" + request.partition(" ")[2]]
+    return json.loads(done.stdout)
+
+
+def test_other_versions_of_the_framework(fake_ane):
+    """A class or selector that is missing, or a type that has changed, is a sentence before anything is sent."""
+    fake = fake_ane()
+    rows = [row for row in inspect(fake.path) if row["class"] != "_ANERequest"]
+    classes = sorted({row["class"] for row in rows} | {"_ANERequest"})
+    names = [f"{row['class']} {row['selector'][1:]}" for row in rows]
+    variants = [*((c, "") for c in classes), *((n, "") for n in names), *(("", n) for n in names)]
+    answers = opened_as(fake, variants)
     assert {kind for kind, _, _ in answers} == {"BackendUnavailable"}
     for name in classes:
         _, message, odd = answers.pop(0)
         assert message == f"AppleNeuralEngine.framework has no class {name}"
         assert {row["class"] for row in odd} == {name}
-    for owner, selector in selectors:
+    for row in rows:
         _, message, odd = answers.pop(0)
-        assert message == f"{owner} does not answer {selector}"
-        assert [(row["class"], row["selector"], row["found"]) for row in odd] == [(owner, selector, "")]
-    for (owner, selector), row in zip(selectors, rows, strict=False):
+        assert message == f"{row['class']} does not answer {row['selector']}"
+        assert odd == [{**row, "found": "", "ok": False}]
+    for row in rows:
         _, message, odd = answers.pop(0)
-        expected = f"[{owner} {selector[1:]}] has type encoding v@:, this build sends {row['expected']}"
-        assert message == selector[0] + expected
-        assert [row["found"] for row in odd] == ["v@:"]
+        call = f"{row['selector'][0]}[{row['class']} {row['selector'][1:]}]"
+        assert message == f"{call} has type encoding v@:, this build sends {row['expected']}"
+        assert odd == [{**row, "found": "v@:", "ok": False}]
     assert not answers
+
+
+def test_the_shorter_request_does_too(fake_ane):
+    variants = [(REQUEST, ""), ("", REQUEST), ("", SHORT), (f"{SHORT}|{REQUEST}", ""), (REQUEST, SHORT)]
+    answers = opened_as(fake_ane(), variants)
+    assert [answer[:2] for answer in answers[:3]] == [["", ""]] * 3
+    assert [[row["found"] for row in odd] for _, _, odd in answers[:3]] == [[""], ["v@:"], []]
+    words = ["BackendUnavailable", "_ANERequest does not answer +" + REQUEST.partition(" ")[2]]
+    assert [answer[:2] for answer in answers[3:]] == [words, words]
+
+
+def test_types_that_differ_in_spelling_alone(fake_ane):
+    """Offsets, qualifiers, class names and the members of structs do not count, and an IOSurface is an object."""
+    spelt = [
+        f'{TEXT}=@"{DESCRIPTOR}"40@0:8@"NSData"16n@24r@32',
+        f"{SURFACE}=@24@0:8^{{__IOSurface=iI@}}16",
+        f"{SURFACE}=@24@0:8@16",
+        f"{SURFACE}=@20@0:8I16",
+    ]
+    answers = opened_as(fake_ane(), [("", ""), *(("", s) for s in spelt)])
+    assert answers[:4] == [["", "", []]] * 4
+    sends = "[_ANEIOSurfaceObject objectWithIOSurface:] has type encoding @@:I, this build sends @@:^{__IOSurface}"
+    assert answers[4][:2] == ["BackendUnavailable", "+" + sends]
 
 
 def test_a_framework_that_is_not_there(fake_ane):
@@ -216,6 +237,19 @@ build_ffi.build({str(folder)!r}, werror=True, ane_testing=True)
 """
     run([sys.executable, "-c", program], env={**os.environ, "CC": "clang", "PYTHONPATH": str(ROOT)})
     return folder / "_ane.abi3.so"
+
+
+def test_what_a_mac_links(monkeypatch, tmp_path):
+    """Foundation and the runtime: IOSurface and the private framework are opened by name."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    extension = build_ffi.ane_extension(tmp_path, testing=False)
+    assert extension.extra_link_args == ["-framework", "Foundation", "-lobjc"]
+    assert not [flag for flag in extension.extra_compile_args if "TESTING" in flag or "GNUSTEP" in flag.upper()]
+    assert {Path(source).name for source in extension.sources} == {"_ane.c", *build_ffi.ANE_SOURCES}
+    command = build_ffi.BuildExt(build_ffi.Distribution({"name": "anert", "packages": ["anert"]}))
+    monkeypatch.chdir(tmp_path)
+    command.ensure_finalized()
+    assert [e.name for e in command.extensions] == ["anert._native", "anert._ane"]
 
 
 def test_a_test_build_has_no_place_in_the_package():

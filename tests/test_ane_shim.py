@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import shutil
 import threading
 import time
 
@@ -221,6 +222,18 @@ def test_a_load_that_fails_twice_is_refused(fake_ane):
         program.load()
     assert not program.loaded
     assert program.load().loaded
+
+
+def test_a_staging_directory_that_goes_away_during_a_load(fake_ane):
+    """Another process with the same program unloads it."""
+    fake = fake_ane(load_failures=1)
+    program = Engine(fake.path).compile(difference())
+    loading = Background(program.load)
+    while fake.counts().loads == 0:
+        time.sleep(0.001)
+    shutil.rmtree(fake.temporary_directory() / program.id)
+    loading.result()
+    assert program.loaded
 
 
 def test_states(fake_ane):

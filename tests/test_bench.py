@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[str, 
 FAST = ("--rounds", "2", "--warmup", "1", "--max-spread", "1000")
 
 
-@pytest.mark.parametrize("name", ["gemm", "convert", "sync", "dispatch", "forward", "train"])
+@pytest.mark.parametrize("name", ["gemm", "convert", "sync", "dispatch", "decode", "prefill", "forward", "train"])
 def test_each_benchmark_runs(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from anert.runtime import Runtime
 
@@ -215,3 +216,55 @@ def test_torch_is_measured_beside(capsys: pytest.CaptureFixture[str], monkeypatc
     ours, eager, compiled = report["results"]
     assert eager["name"].startswith("torch eager") and compiled["name"].startswith("torch compile")
     assert ours["baseline"] == eager["name"] and ours["ratio"] == pytest.approx(ours["median"] / eager["median"])
+
+
+# ---- peers of decoding
+
+LLAMA_BENCH = """#!{python}
+import json, sys
+argv = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+data = open(argv["-m"], "rb").read(4)
+assert data == b"GGUF" and argv["-r"] == "1" and argv["-t"] == "1"
+print(json.dumps([{{"avg_ns": 2e6 * (int(argv["-n"]) + int(argv["-p"]))}}]))
+"""
+RUN = """#!{python}
+import os, struct, sys
+dim, hidden, layers, heads, kv, vocab, seq = struct.unpack("<7i", open(sys.argv[1], "rb").read(28))
+argv = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+per_layer = 2 * dim + 2 * dim * dim + 2 * kv * dim // heads * dim + 3 * dim * hidden
+floats = vocab * dim + layers * per_layer + dim + seq * dim // heads
+assert os.path.getsize(sys.argv[1]) == 28 + 4 * floats and os.environ["OMP_NUM_THREADS"] == "1"
+print("once upon a time")
+print("achieved tok/s: 500.0", file=sys.stderr)
+"""
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(text.format(python=sys.executable))
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_peers_of_decode(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Stand-ins for the two programs: they check the files and arguments that they get, and answer as those do."""
+    bench, other = script(tmp_path / "llama-bench", LLAMA_BENCH), script(tmp_path / "run", RUN)
+    argv = ("decode", TINY, "--seq-len", "64", "--threads", "1", *FAST)
+    code, report, err = run(capsys, *argv, "--peer", f"llamacpp={bench}", "--peer", f"llama2c={other}")
+    assert code == 0, err
+    rows = {row["name"]: row for row in report["results"]}
+    assert rows["llama.cpp decode f16"]["median"] == pytest.approx(500)
+    assert rows["llama2.c decode f32"]["median"] == pytest.approx(500)
+    ours = [row for name, row in rows.items() if name.startswith("decode ")]
+    assert [row["baseline"] for row in ours] == ["llama.cpp decode f16", "llama.cpp decode q8_0"]
+    assert all(row["ratio"] == pytest.approx(row["median"] / 500) for row in ours)
+    (first,) = (row for name, row in rows.items() if name.startswith("first token"))
+    assert first["unit"] == "ms" and first["median"] > 10
+    broken = script(tmp_path / "broken", "#!{python}\nprint('[]')\n")
+    for peer, message in (
+        ("llamacpp=nowhere", "--peer llamacpp=nowhere: no program there"),
+        ("torch", "no peer 'torch'"),
+        (f"llamacpp={broken}", "printed no result that we can read"),
+        (f"llama2c={broken}", "printed no `achieved tok/s`"),
+    ):
+        code, _, err = run(capsys, *argv, "--peer", peer)
+        assert code in (1, 2) and message in err

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import time
 from pathlib import Path
 
+import fake_run
 import numpy as np
 import pytest
 import ranks
@@ -15,8 +17,10 @@ from small_run import bits, flags, trainer, write_text
 
 from anert import checkpoint, dist
 from anert import events as ev
+from anert.board import Board, frame
 from anert.cli import main
 from anert.errors import InputError
+from anert.report import rank_text
 from anert.tokenizer import ByteBPETokenizer
 from anert.train import Trainer
 
@@ -53,7 +57,25 @@ def two(text, tmp_path_factory):
 def test_collectives(n, tmp_path):
     done = ranks.run(n, "collectives", str(tmp_path), program=PROGRAM)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["rank", "done"] * n
+    assert done.stdout.count("rank done") == n
+
+
+def test_sums_begin_behind_the_backward_pass(text, two, tmp_path):
+    """Once a step, in its last micro-batch; and the buckets' size changes no bit."""
+    done = ranks.run(2, "overlap", "run", *options(text, tmp_path / "run"), program=PROGRAM)
+    assert done.returncode == 0, done.stderr
+    begun = [int(n) for n in re.findall(r"rank \d: (\d+) buckets under way", done.stdout)]
+    assert len(begun) == 2 * STEPS and min(begun) >= 2
+    assert bits(tmp_path / "run") == bits(two[0])
+
+
+def test_all_ranks_go_back_together(text, tmp_path):
+    out = tmp_path / "run"
+    done = ranks.run(2, "astray", "run", *options(text, out, patience=2), program=PROGRAM)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000008, on with the data that follow (1 of 2 times)" in done.stdout
+    assert logged(out, "RunDone")[0]["summary"]["rollbacks"] == 1 and checkpoint.load(out).step == STEPS
+    assert checkpoint.load(out).state["data"]["windows"] == (STEPS + 4) * 8
 
 
 def test_ranks_that_differ_are_named():
@@ -109,6 +131,33 @@ def test_rank_0_alone_tells_and_saves(two):
     assert all(len(e["rank_ms"]) == 2 and min(e["rank_ms"]) > 0 and "allreduce" in e["ms"] for e in steps)
     assert logged(out, "RunDone")[0]["summary"]["ranks"] == 2
     assert sorted(p.name for p in out.glob("step-*")) == [f"step-{s:08}" for s in (8, 12, 16)]
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40)])
+def test_the_dashboard_shows_every_rank(size):
+    board = Board()
+    board.update(fake_run.started(ranks=2, threads=1))
+    for n in range(1, 9):
+        board.update(fake_run.step(n, rank_ms=(61.25, 73.94), ms={"forward": 50.0, "allreduce": 6.4}))
+    lines = ["".join(text for text, _ in line) for line in frame(board.snapshot(), *size)]
+    assert any("ranks 61.2 73.9 ms" in line for line in lines) and any("allreduce " in line for line in lines)
+    assert all(len(line) <= size[0] for line in lines) and len(lines) == size[1]
+    assert size[0] < 100 or "2 ranks x 1 thread" in lines[0]
+    assert rank_text(fake_run.step(1, rank_ms=tuple(range(10, 30)))) == "10.0 to 29.0 ms"
+
+
+def test_an_interrupt_stops_all_ranks_saved(text, tmp_path):
+    """Ctrl-C reaches the launcher, which passes it on."""
+    out = tmp_path / "run"
+    process = ranks.start(2, "run", *options(text, out, steps=100_000))
+    deadline = time.monotonic() + 60
+    while not checkpoint_there(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    said, err = process.communicate(timeout=60)
+    assert "interrupted and saved" in said, said + err
+    done = logged(out, "RunDone")[0]
+    assert done["reason"] == "interrupted" and checkpoint.load(out).step == done["summary"]["steps"]
 
 
 def test_a_batch_is_divided_where_accumulation_is_not(text, tmp_path):

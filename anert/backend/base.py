@@ -135,6 +135,10 @@ class Backend(abc.ABC):
         self._cache[digest] = program
         return program
 
+    def forget(self, program: Program) -> None:
+        """Keep a program no longer for the next who compiles its text: it lives as long as its bindings."""
+        self._cache = {key: kept for key, kept in self._cache.items() if kept is not program}
+
     def spent(self) -> int:
         """Compiles that count against the budget."""
         return self.compiles

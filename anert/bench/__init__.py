@@ -17,6 +17,8 @@ BENCHMARKS = {
     "sync": ("every fp16 copy of a model's weights written from its masters, against a plain copy", "kernels"),
     "dispatch": ("the host's cost of running a program that does nothing", "kernels"),
     "forward": ("a forward pass of a model", "model"),
+    "decode": ("token after token from a cache, fp16 and int8 weights, and the first token of a process", "decode"),
+    "prefill": ("a prompt into the cache", "decode"),
     "train": ("a training step of a model: forward, backward, gradients, clip, AdamW, weight sync", "model"),
     "tokenizer": ("both tokenizers beside tiktoken, tokenizers and sentencepiece on --data TEXT", "tokenizer"),
     "mpi": ("sums over ranks, and training on several against one; started by mpiexec", "mpi"),

@@ -28,7 +28,8 @@ SETTLE_S = 0.02
 
 @dataclass(slots=True)
 class Case:
-    """One thing to time. `run()` does it once; its result is checked by `verify` before and after the timing.
+    """One thing to time. `run()` does it once; its result is checked by `verify` before and after the timing. A run
+    that times itself (a peer's program) returns its seconds.
 
     unit: `ms` and `us` are a run's time; any other is a rate, of which one run is `amount` (tok/s: tokens). flops,
     nbytes: executed by one run, from the program that runs. peak: measures the peak in GFLOP/s; asked after the
@@ -45,6 +46,8 @@ class Case:
     baseline: str = ""
     verify: Callable[[], None] | None = None
     floor_us: float = 0.0
+    keep: object = None
+    """What must live as long as the case: files that a run reads."""
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -133,21 +136,28 @@ def measure(
 def _repeats(case: Case) -> int:
     """How many runs a timing takes to last SETTLE_S."""
     start = time.perf_counter()
-    case.run()
+    if isinstance(case.run(), float):
+        return 1
     once = time.perf_counter() - start
     return max(1, int(SETTLE_S / max(once, 1e-7)))
 
 
 def timed(run: Callable[[], object], repeats: int) -> tuple[float, float]:
     """(seconds of one run, cores that other processes used meanwhile; 0 where the system does not say)."""
-    busy, own = busy_seconds(), time.process_time()
+    busy, own = busy_seconds(), own_seconds()
     start = time.perf_counter()
     for _ in range(repeats):
-        run()
+        told = run()
     wall = time.perf_counter() - start
-    other = (busy_seconds() - busy) - (time.process_time() - own)
+    other = (busy_seconds() - busy) - (own_seconds() - own)
     # The counters tick every 10 ms: over a short timing they say nothing.
-    return wall / repeats, other / wall if wall > 0.1 else 0.0
+    return told if isinstance(told, float) else wall / repeats, other / wall if wall > 0.1 else 0.0
+
+
+def own_seconds() -> float:
+    """Processor seconds of this process and of the children that it has waited for."""
+    times = os.times()
+    return time.process_time() + times.children_user + times.children_system
 
 
 def busy_seconds() -> float:

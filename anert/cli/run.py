@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +57,16 @@ def _train(plugin: Plugin, target: str, preset: str, argv: Sequence[str]) -> int
     if preset and found.preset not in (None, preset):
         raise InputError(f"{target} asks for preset {preset!r} and --preset for {found.preset!r}: leave one out")
     found.preset = found.preset or preset
-    return commands.train(resolve(plugin, vars(found)), ui=found.ui, log=found.log, as_json=found.json)
+
+    def again(out: str) -> int:
+        """A fresh process goes on in this one's place: what an engine's compiles have worn out is its process."""
+        resume = [] if found.resume else ["--resume", out]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "anert", "run", target, "train", *argv, *resume])
+
+    job = resolve(plugin, vars(found))
+    return commands.train(job, ui=found.ui, log=found.log, as_json=found.json, again=again)
 
 
 def _sample(plugin: Plugin, target: str, argv: Sequence[str]) -> int:

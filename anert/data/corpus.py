@@ -19,6 +19,7 @@ from anert.data.text import STDIN, Source
 from anert.data.token_file import TokenWriter, dtype_of, open_tokens, sniff
 from anert.errors import InputError
 from anert.events import Event, Notice, Progress
+from anert.files import sha256
 from anert.tokenizer import Tokenizer
 from anert.tokenizer.base import Shipped
 
@@ -305,9 +306,7 @@ def run_here(task: Task, before: int = 0, total: int = 0) -> Generator[Event, No
 
 def file_entry(written: TokenWriter, part: str, raw: bool) -> dict[str, Any]:
     """A file as a note and the manifest list it."""
-    with open(written.path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-        size = os.fstat(f.fileno()).st_size
+    digest, size = sha256(written.path), written.path.stat().st_size
     about = {"name": written.path.name, "part": part, "tokens": written.n_tokens, "dtype": written.dtype.name}
     return {**about, "raw": raw, "bytes": size, "sha256": digest}
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anert.errors import InputError
+from anert.files import publish
 from anert.tokenizer import Tokenizer
 
 LARGEST_FIELD = 1 << 24
@@ -233,15 +234,13 @@ def narrow_bf16(values: Array) -> NDArray[np.uint16]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears whole or not at all: a temporary name beside it, fsynced, then renamed. InputError where the
+    """A file that appears whole or not at all: a temporary name beside it first. InputError where the
     disk refuses."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
             yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
+        publish(temporary, path)
     except OSError as e:
         raise InputError(f"{path}: cannot write the model: {e.strerror}") from None
     finally:

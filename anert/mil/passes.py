@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from anert.errors import AnertError, InputError, ShapeError
+from anert.mil import ops
 from anert.mil.graph import DTYPES, Function, Op, Operand, TensorType, Value
 from anert.mil.ops.table import emit, lookup, types_of
 from anert.mil.syntax import RESERVED
@@ -26,12 +27,12 @@ Mapping = MutableMapping[Value, Value]
 """Values of one function -> their counterparts in another."""
 
 
-def clone_ops(ops: Iterable[Op], mapping: Mapping, into: Function) -> None:
-    """Append copies of `ops` to `into`, operands replaced through `mapping`, which learns the new outputs.
+def clone_ops(taken: Iterable[Op], mapping: Mapping, into: Function) -> None:
+    """Append copies of `taken` to `into`, operands replaced through `mapping`, which learns the new outputs.
 
     Operands that the mapping lacks must belong to `into`. Names are kept where they are free. Types are inferred anew
     where an operand's type has changed; raises ShapeError if the op does not take it."""
-    for op in ops:
+    for op in taken:
         inputs = {k: _mapped(v, mapping) for k, v in op.inputs.items()}
         names = [v.name for v in op.outputs]
         if types_of(inputs) == types_of(op.inputs):
@@ -52,14 +53,14 @@ def clone(function: Function) -> tuple[Function, Mapping]:
 def prune(function: Function, inputs: bool = False) -> Function:
     """Without the ops whose results reach no output; `inputs=True` drops the inputs that nobody reads, too."""
     live = set(function.outputs)
-    ops = []
+    kept_ops = []
     for op in reversed(function.ops):
         if not live.isdisjoint(op.outputs):
             live.update(op.operands())
-            ops.append(op)
+            kept_ops.append(op)
     kept = [v for v in function.inputs if not inputs or v in live]
     copy, mapping = _signature(function, kept)
-    clone_ops(reversed(ops), mapping, copy)
+    clone_ops(reversed(kept_ops), mapping, copy)
     return copy.returns(*(mapping[v] for v in function.outputs))
 
 
@@ -146,6 +147,48 @@ def decompose(function: Function, backend: str = "ane") -> Function:
 def _composite(op: Op, backend: str) -> bool:
     row = lookup(op.kind)
     return row.category == "composite" and backend not in row.native
+
+
+def specialise(function: Function, constants: dict[str, np.ndarray]) -> Function:
+    """With these inputs, by name, as constants. Raises ShapeError for an array of another shape."""
+    kept = [v for v in function.inputs if v.name not in constants]
+    copy, mapping = _signature(function, kept)
+    for v in function.inputs:
+        if v.name in constants:
+            if constants[v.name].shape != v.shape:
+                raise ShapeError(f"input {v.name!r} is {v.shape}, its constant {constants[v.name].shape}")
+            mapping[v] = copy.const(constants[v.name], v.dtype, v.name)
+    clone_ops(function.ops, mapping, copy)
+    return copy.returns(*(mapping[v] for v in function.outputs))
+
+
+def constant_products(function: Function) -> Function:
+    """matmul with a constant left operand (O, I) as a 1x1 conv, the form in which the Neural Engine takes constants
+    (ane_facts 0.3); what leads from a constant to a matmul is folded first."""
+    function = fold_constants(function, max_elements=1 << 62)
+    copy, mapping = _signature(function)
+    for op in function.ops:
+        weight, x = op.inputs.get("x"), op.inputs.get("y")
+        if op.kind != "matmul" or not isinstance(weight, Value) or not isinstance(x, Value) or not _is_product(op):
+            clone_ops([op], mapping, copy)
+            continue
+        assert weight.const is not None
+        matrix = weight.const.reshape(weight.shape[-2:])
+        matrix = matrix.T if op.attrs["transpose_x"] else matrix
+        lead, (inner, n) = x.shape[:-2], x.shape[-2:]
+        batch = int(np.prod(lead))
+        columns = ops.reshape(mapping[x], shape=(batch, inner, 1, n))
+        filters = copy.const(matrix.reshape(*matrix.shape, 1, 1), weight.dtype, weight.name)
+        mapping[op.out] = ops.reshape(ops.conv(columns, filters), shape=op.out.shape)
+    return prune(_returns(copy, [mapping[v] for v in function.outputs], [v.name for v in function.outputs]))
+
+
+def _is_product(op: Op) -> bool:
+    """Whether a matmul is of one constant matrix with columns as they lie."""
+    weight, x = op.inputs["x"], op.inputs["y"]
+    assert isinstance(weight, Value) and isinstance(x, Value)
+    single = weight.type.rank >= 2 and weight.type.size == weight.shape[-1] * weight.shape[-2]
+    return weight.is_const and not x.is_const and single and x.type.rank >= 2 and not op.attrs["transpose_y"]
 
 
 def rename(function: Function, inputs: Sequence[str] | None = None, outputs: Sequence[str] | None = None) -> Function:

@@ -66,7 +66,7 @@ typedef struct {
 } fake_options;
 
 /* Registers the four classes, once per process: `missing` is a class, or "Class selector|..." that are left out, `changed`
- * "Class selector|..." whose type encodings differ; "" or NULL for none. */
+ * "Class selector|Class selector=types|..." whose type encodings differ; "" or NULL for none. */
 void fake_install(const char *missing, const char *changed);
 /* Forgets all that happened, frees what the plans need no more, takes new options. plan_run: anert_plan_run. */
 void fake_reset(const fake_options *options, fake_hook *hook, void *plan_run);

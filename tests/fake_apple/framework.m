@@ -152,8 +152,8 @@ static NSString *content_hash(FakeModel *model) {
         high = fnv(high, &low, sizeof low);
     }
     /* of this process: on a Mac two processes with one program would share a directory */
-    return [NSString stringWithFormat:fake_now.odd_hash ? @"../%08X%016llX%016llX" : @"%08X%016llX%016llX", getpid(), (unsigned long long)high,
-                                      (unsigned long long)low];
+    NSString *format = fake_now.odd_hash ? @"../%08X%016llX%016llX" : @"%08X%016llX%016llX_%064d_%064d";
+    return [NSString stringWithFormat:format, getpid(), (unsigned long long)high, (unsigned long long)low, 0, 0];
 }
 
 static id new_model(id self, SEL selector, id descriptor) {
@@ -488,12 +488,16 @@ static const method METHODS[] = {
      "@56@0:8@16@24@32@40@48", (IMP)new_short_request},
 };
 
-/* Whether "Class selector" is one of the option's, which are separated by '|'. */
-static bool named(const char *option, const method *m) {
+/* What follows "Class selector" in an option of several, separated by '|': "", "=types"; NULL if it is not named. */
+static const char *named(const char *option, const method *m, char *rest, size_t size) {
     char name[256], all[512];
-    snprintf(name, sizeof name, "|%s %s|", m->class_name, m->selector);
+    snprintf(name, sizeof name, "|%s %s", m->class_name, m->selector);
     snprintf(all, sizeof all, "|%s|", option == NULL ? "" : option);
-    return strstr(all, name) != NULL;
+    const char *found = strstr(all, name);
+    if (found == NULL || (found[strlen(name)] != '|' && found[strlen(name)] != '=')) return NULL;
+    snprintf(rest, size, "%s", found + strlen(name));
+    *strchr(rest, '|') = '\0';
+    return rest;
 }
 
 void fake_install(const char *missing, const char *changed) {
@@ -505,9 +509,10 @@ void fake_install(const char *missing, const char *changed) {
             class = objc_allocateClassPair(objc_getClass(m->base), m->class_name, 0);
             objc_registerClassPair(class);
         }
-        if (named(missing, m)) continue;
-        char types[64];
-        snprintf(types, sizeof types, "%s", named(changed, m) ? "v16@0:8" : m->types);
+        char rest[128], types[64];
+        if (named(missing, m, rest, sizeof rest) != NULL) continue;
+        const char *other = named(changed, m, rest, sizeof rest);
+        snprintf(types, sizeof types, "%s", other == NULL ? m->types : *other == '=' ? other + 1 : "v16@0:8");
         for (char *c = types; *c != '\0'; c++)
             if (*c == 'B') *c = *@encode(BOOL);
         Class target = m->class_method ? object_getClass(class) : class;
