@@ -1,4 +1,4 @@
-"""Nothing is allocated in the step loop: what the allocators hold after the second step is what they hold at the end."""
+"""Nothing is allocated in the step loop: what allocators hold after the second step is what they hold at the end."""
 
 import ctypes
 import sys
@@ -21,7 +21,18 @@ class MallInfo(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
     ]
 
 
@@ -58,8 +69,8 @@ def test_nothing_is_allocated_after_the_second_step(precision):
     step()
     step()
     held, blocks, surfaces = native_bytes(), sys.getallocatedblocks(), rt.heap.nbytes
-    for _ in range(6):
+    for _ in range(40):
         step()
     assert rt.heap.nbytes == surfaces
-    assert native_bytes() - held < 1024, "malloc holds more than it did after step 2"
+    assert native_bytes() - held < 4096, "malloc holds more than it did after step 2 (Python's own pools grow by less)"
     assert sys.getallocatedblocks() - blocks < 60, "Python holds more objects than it did after step 2"
