@@ -238,6 +238,7 @@ static void run_tile(void *arg, int64_t index, int32_t thread) {
             past += anert_fp16_clamp_row(job->fp16, job->master + at, part, (size_t)n);
             place(job, true, part, row + r, col + c, 1, n);
         }
+    job->fp16->fence();
     place(job, false, halves, row, col, rows, cols);
     if (past > 0)
         job->clamped += past;
