@@ -17,6 +17,8 @@ from anert.capabilities import ANE
 from anert.decode import Session, Windowed, open_session
 from anert.errors import CompileError, InputError, StateError, UnsupportedError
 from anert.mil import ops
+from anert.mil.lint import lint
+from anert.mil.text import parse
 from anert.network import Network
 from anert.numpy_llama import NumpyLlama
 from anert.param import ParamStore, Spec
@@ -170,6 +172,18 @@ def test_bad_calls(both):
     with pytest.raises(StateError, match="cannot go back to position 5: the cache holds 0"):
         session.rewind(5)
     assert close(session.extend(tokens[:2]), both[1][1]), "a refused call leaves the cache as it was"
+
+
+@pytest.mark.parametrize("preset", ["260k", "15m", "110m", "tiny"])
+def test_the_engines_kernels_break_no_rule(preset):
+    """No error of the constraint catalogue for any chip, a token at a time and in a prefill."""
+    chosen = load(str(ROOT / "plugins" / "stories.py")).preset(preset)
+    model = chosen.model(chosen.config)
+    for width in (32, 128):
+        for block in build_cached_blocks(model, width, chosen.config.seq_len, ANE):
+            for kernel in block.forward:
+                found = lint(parse(kernel.text, blobs=kernel.blobs).main)
+                assert [f for f in found if f.severity == "error"] == []
 
 
 # ---- models that no cache can serve
