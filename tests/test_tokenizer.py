@@ -549,3 +549,11 @@ def test_ids_and_sizes_out_of_range(llama, gpt2):
             tokenizer.decode([5, bad])
     with pytest.raises(InputError, match="needs at least 257"):
         ByteBPETokenizer.train(["abc"], 200)
+
+
+@given(st.lists(st.text(" abcdeghlnorst'Tü\n", max_size=20), max_size=30))
+def test_the_first_words_merge_as_the_table_says(shared_data: Path, texts: list[str]) -> None:
+    path = shared_data / "llama2c" / "tok512.bin"
+    fresh, used = load_tokenizer(path), load_tokenizer(path)
+    used._plain_words = 0
+    assert [fresh.encode(t) for t in texts] == [used.encode(t) for t in texts]

@@ -11,14 +11,14 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import regex
 
 from anert.errors import InputError
 from anert.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, WordCache, replace_surrogates
-from anert.tokenizer.merge import Merges
+from anert.tokenizer.merge import SHORT, Merges
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """Types of pieces, numbered as in sentencepiece_model.proto."""
@@ -26,6 +26,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 UNKNOWN_TEXT = " \u2047 ".encode()
 CHARACTER = 1 << 24
 """A character without a piece of its own is the symbol CHARACTER + its code point."""
+
+PLAIN_WORDS = 64
+"""Words that are merged piece by piece before the table of all pairs, 0.1 s of work for 32,000 pieces, is made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ class LlamaTokenizer(Tokenizer):
             if model.types[i] == NORMAL:
                 ids.setdefault(piece, i)
         self._ids = {c: i for c, i in ids.items() if len(c) == 1}
-        self._merges = merge_table(model, ids)
+        self._pieces, self._plain_words = ids, PLAIN_WORDS
         self._frozen = {p: i for i, p in enumerate(model.pieces) if model.types[i] == USER_DEFINED}
         self._frozen_pattern = any_of(self._frozen)
         self._words = word_pattern(piece for piece in ids if len(piece) > 1)
@@ -70,6 +73,10 @@ class LlamaTokenizer(Tokenizer):
 
     def __reduce__(self) -> tuple[type[LlamaTokenizer], tuple[Pieces, bytes, str]]:
         return type(self), (self.model, self._source, self.suffix)
+
+    @functools.cached_property
+    def _merges(self) -> Merges:
+        return merge_table(self.model, self._pieces)
 
     @functools.cached_property
     def hash(self) -> str:  # type: ignore[override]
@@ -175,7 +182,12 @@ class LlamaTokenizer(Tokenizer):
         ids = self._ids
         symbols = [ids[c] if c in ids else CHARACTER + ord(c) for c in word]
         out: list[int] = []
-        for symbol in self._merges.apply(symbols):
+        if self._plain_words and len(symbols) <= SHORT:
+            self._plain_words -= 1
+            symbols = merge_plainly(self.model, self._pieces, symbols)
+        else:
+            symbols = self._merges.apply(symbols)
+        for symbol in symbols:
             if symbol < CHARACTER:
                 out.append(symbol)
             elif self._byte_ids:
@@ -219,6 +231,17 @@ def merge_table(model: Pieces, ids: dict[str, int]) -> Merges:
             if left is not None and right is not None:
                 rank[left, right], result[left, right] = r, i
     return Merges(rank, result)
+
+
+def merge_plainly(model: Pieces, ids: dict[str, int], symbols: Sequence[int]) -> list[int]:
+    """What merge_table's Merges make of a short word, looked up pair by pair."""
+    parts = [model.pieces[s] if s < CHARACTER else chr(s - CHARACTER) for s in symbols]
+    while True:
+        found = [(-model.scores[ids[a + b]], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ids]
+        if not found:
+            return [ids[p] if p in ids else CHARACTER + ord(p) for p in parts]
+        _, i = min(found)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
 def any_of(pieces: Iterable[str]) -> regex.Pattern[str] | None:
