@@ -55,7 +55,7 @@ def text(r: dict[str, Any]) -> str:
         "forward, backward and weight gradients",
         f"rates: {r['source']}; host products {low:g} to {high:g} TFLOPS",
         f"a run: {d['name']}: {d['dispatches']} dispatches, {d['flops'] / 1e9:.1f} GFLOP, {d['bytes'] / 1e6:.0f} MB",
-        f"  {span(d['ms'])} ms a step; weight gradients run beside the backward pass, and the {d['bound_by']} is longer",
+        f"  {span(d['ms'])} ms a step; weight gradients run beside the backward, and the {d['bound_by']} is longer",
         *(f"    {name.ljust(18)}{span(i)} ms" for name, i in d["parts"].items() if i["worst"]),
         f"  AdamW and fp16 copies, once an optimizer step: {r['optimizer_ms']['best']:.0f} to "
         f"{r['optimizer_ms']['worst']:.0f} ms more",
