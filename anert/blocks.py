@@ -6,10 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from anert.capabilities import ANE, Capabilities
 from anert.kernel import Kernel, build
 from anert.mil.grad import Gradient, differentiate
-from anert.mil.graph import Function
+from anert.mil.graph import Function, Value
+from anert.mil.ops.table import lookup
 from anert.model import Decoder
 from anert.stages import roles, split
 
@@ -58,6 +61,56 @@ def build_cached_blocks(model: Decoder, seq_len: int, cached: int, caps: Capabil
             result.forward.append(build(stage, role, "ports", caps, f"{fn.name}_decode{seq_len}_{i}"))
         found.append(result)
     return found
+
+
+def mixing_block(model: Decoder) -> str:
+    """Name of a block in which one position's value depends on another's by other ways than attention (a convolution or
+    a sum over positions), so that no key-value cache can stand for the past; empty where none does.
+
+    Most blocks show it by their ops; else it is found out by a NaN at one position of three, which must not reach the
+    others.
+    """
+    from anert.backend.reference import evaluate
+
+    for block in model.blocks:
+        if columnwise(model.trace_alone(block, 7)):
+            continue
+        fn = model.trace_alone(block, 3)
+        inputs = {v.name: np.broadcast_to(np.float64(0.01), v.shape) for v in fn.inputs}
+        inputs["x"] = np.where(np.arange(3) == 1, np.nan, inputs["x"])
+        with np.errstate(all="ignore"):
+            y = evaluate(fn, inputs, "float64")["y"]
+        if not np.isfinite(y[:, ::2]).all():
+            return fn.name
+    return ""
+
+
+def columnwise(fn: Function) -> bool:
+    """Whether every op keeps positions, the last axis of x and of all that comes of it, apart. False: not by these few
+    rules."""
+    t, given = fn.inputs[0].shape[-1], set(fn.inputs[1:])
+    if any(v.shape[-1] == t for v in given):
+        return False
+    for op in fn.ops:
+        row, x = lookup(op.kind), op.inputs.get("x")
+        if op.kind == "const" or row.category == "elementwise":
+            continue
+        if not isinstance(x, Value) or op.out.shape[-1:] != (t,):
+            return False
+        if op.kind == "matmul":
+            y = op.inputs["y"]
+            weighs = x in given and isinstance(y, Value) and y.shape[-1] == t and not op.attrs["transpose_y"]
+        elif op.kind == "conv":
+            weight = op.inputs["weight"]
+            plain = isinstance(weight, Value) and set(weight.shape[2:]) == {1} and set(op.attrs["strides"]) == {1}
+            weighs = plain and x.shape[-1] == t and not any(op.attrs["pad"])
+        elif row.category == "reduce":
+            weighs = x.shape[-1] == t and x.type.rank - 1 not in op.attrs["axes"]
+        else:
+            weighs = op.kind == "reshape" and x.shape[-1] == t
+        if not weighs:
+            return False
+    return True
 
 
 def _build(

@@ -17,13 +17,13 @@ import numpy as np
 
 from anert import ffi
 from anert.backend.base import Binding, Program
-from anert.blocks import BlockKernels, build_cached_blocks
-from anert.errors import InputError, StateError
+from anert.blocks import BlockKernels, build_cached_blocks, mixing_block
+from anert.errors import InputError, StateError, UnsupportedError
 from anert.ffi import call
 from anert.head import Head
 from anert.kernel import Kernel, Slot, round_up
 from anert.model import Decoder
-from anert.network import Location
+from anert.network import Location, Network
 from anert.nn import MASKED, halves
 from anert.param import ParamStore
 from anert.runtime import Runtime
@@ -247,6 +247,9 @@ class Session:
             raise InputError(
                 f"{ids.size} tokens do not fit: the context of {self.capacity} positions holds {self.position} already"
             )
+        if int(ids.min()) < 0 or int(ids.max()) >= self.model.config.vocab_size:
+            worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise InputError(f"token {worst} is outside the vocabulary of {self.model.config.vocab_size}")
         start = 0
         while True:
             width = self._width(ids.size - start)
@@ -281,6 +284,58 @@ class Session:
         for surface in width.touched:
             surface.touch()
         self.position = at + n
+
+
+class Windowed:
+    """What a Session offers, for a model whose blocks let positions see each other by other ways than attention: every
+    token runs the whole window again."""
+
+    WINDOW = 32
+
+    def __init__(self, runtime: Runtime, model: Decoder, store: ParamStore,
+                 on_compile: Callable[[int, int], None] | None = None) -> None:  # fmt: skip
+        self.capacity, self._seen = model.config.seq_len, list[int]()
+        sizes = sorted({min(self.WINDOW, self.capacity), self.capacity})
+        self.networks = [Network(runtime, model, store, n, 1, False, on_compile) for n in sizes]
+        self.kernels = sum(net.kernels for net in self.networks)
+
+    @property
+    def position(self) -> int:
+        return len(self._seen)
+
+    def rewind(self, position: int) -> None:
+        """Forget the positions from `position` on; StateError if it has not been reached."""
+        if not 0 <= position <= self.position:
+            raise StateError(f"cannot go back to position {position}: {self.position} are seen")
+        del self._seen[position:]
+
+    def extend(self, tokens: Sequence[int] | np.ndarray) -> np.ndarray:
+        """As Session.extend."""
+        ids = [int(t) for t in tokens]
+        if not ids or len(ids) > self.capacity - self.position:
+            raise InputError(f"{len(ids)} tokens do not fit: {self.position} of {self.capacity} positions are taken")
+        seen = [*self._seen, *ids]
+        net = next(net for net in self.networks if net.n >= len(seen))
+        padded = np.zeros(net.n, np.int32)  # what stands behind the last token cannot reach it
+        padded[: len(seen)] = seen
+        logits = net.head.logits(net.forward(padded), np.array([len(seen) - 1], np.int32))[0]
+        self._seen = seen
+        return logits
+
+
+def open_session(
+    runtime: Runtime, model: Decoder, store: ParamStore, widths: Sequence[int] = WIDTHS, weights: str = "fp16",
+    on_compile: Callable[[int, int], None] | None = None,
+) -> Session | Windowed:  # fmt: skip
+    """A Session where a key-value cache can stand for the past, else Windowed. UnsupportedError: int8 weights there."""
+    mixing = mixing_block(model)
+    if not mixing:
+        return Session(runtime, model, store, widths=widths, weights=weights, on_compile=on_compile)
+    if weights != "fp16":
+        raise UnsupportedError(
+            f"block {mixing!r} mixes positions outside attention: it decodes with fp16 weights alone"
+        )
+    return Windowed(runtime, model, store, on_compile)
 
 
 def _is_cache(name: str) -> bool:

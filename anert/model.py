@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from anert.errors import InputError, PluginError, ShapeError
 from anert.mil.graph import Function, Value
-from anert.nn import CachedPositions, Positions
+from anert.nn import CachedPositions, LonePositions, Positions
 from anert.param import Spec
 
 Block = Callable[[Any, Value, Any, Positions], Value]
@@ -99,6 +99,10 @@ class Decoder:
         """The same block function for `seq_len` positions behind a cache of `cached`: see nn.CachedPositions for the
         further inputs and outputs."""
         return self._trace(block, CachedPositions(seq_len, cached, self.positions(1, 1).theta))
+
+    def trace_alone(self, block: Block, seq_len: int) -> Function:
+        """The same block function for positions that see each other nowhere but where attention would let them."""
+        return self._trace(block, LonePositions(seq_len, 1, self.positions(1, 1).theta))
 
     def _trace(self, block: Block, pos: Positions) -> Function:
         cfg = self.config

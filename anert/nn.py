@@ -73,6 +73,11 @@ class Positions:
         return None
 
 
+class LonePositions(Positions):
+    """T positions that do not see each other: attention passes on what each has. For finding out whether anything else
+    in a block lets them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Past:
     """Earlier positions as inputs: k and v (KV * hd, S), mask (1, S) additive: 0 where a position is, else MASKED."""
@@ -202,6 +207,9 @@ def causal_attention(q: Value, k: Value, v: Value, pos: Positions) -> Value:
     t, b = pos.seq_len, pos.batch
     if n != t * b:
         raise ShapeError(f"attention: {n} positions are not {b} sequences of {t}")
+    if isinstance(pos, LonePositions):
+        alone = ops.reshape(q, shape=(kv, h // kv, hd, n)) + ops.reshape(v, shape=(kv, 1, hd, n))
+        return ops.reshape(alone, shape=(h, hd, n))
     group = (kv, h // kv) if h != kv else (h,)
 
     def split(x: Value, lead: tuple[int, ...]) -> Value:

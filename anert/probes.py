@@ -4,7 +4,8 @@ throw-away child process with a time limit, and answers with what the capability
     outcome = in_child("binding-order")          # {"ok": True, "value": "sorted", "record": {"binding": "sorted"}}
 
 A probe is a function of a Backend, so that the same ones run on a Mac, against a fake of its framework, and on the
-reference backend.
+reference backend. Not asked: what anert never does (reload changed weight files, the real-time path, performance
+counters, int8 constants in the text), and what crashes (weights that are nil).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anert.capabilities import ANE, load_record
+from anert.capabilities import ANE, Capabilities, load_record
 from anert.errors import AnertError, CompileError, InputError
 from anert.kernel import round_up
 from anert.mil import ops
@@ -314,6 +315,16 @@ def slice_limit(engine: Backend) -> Outcome:
                    {"slice_limit": 4094.0 if clamps else 65504.0}, {"ANE214": clamps})  # fmt: skip
 
 
+@probe("slice-concat", "whether several column slices can be concatenated")
+def slice_concat(engine: Backend) -> Outcome:
+    a = data(1, 32, 1, 160)
+    fn, (x,) = function(engine, ("i00_a", a.shape))
+    parts = tuple(ops.slice_by_size(x, begin=(0, 0, 0, at), size=(1, 32, 1, 32)) for at in (0, 64, 128))
+    expected = np.concatenate([a[..., at : at + 32] for at in (0, 64, 128)], -1)
+    fault = works(engine, result(fn, ops.concat(parts, axis=3)), {"i00_a": a}, expected)
+    return Outcome(not fault, fault or "exact", {"slice_concat": not fault}, {"ANE215": bool(fault)})
+
+
 @probe("conv-weights", "whether conv takes its weights as an input")
 def conv_weights(engine: Backend) -> Outcome:
     a, faults = data(1, 64, 1, 64), []
@@ -435,6 +446,46 @@ def dispatch_floor(engine: Backend) -> Outcome:
     return Outcome(median >= FLOOR_US, f"{median:.1f} us", {"dispatch_us": round(median, 1)})
 
 
+@probe("refusal-time", "how soon an evaluate that fails answers: what is as fast as this did not run")
+def refusal_time(engine: Backend) -> Outcome:
+    fn, (x,) = function(engine, ("i00_a", (1, 32, 1, 1)))  # one column: reported as refused everywhere
+    try:
+        program = engine.compile(print_module(result(fn, ops.mul(x, 2.0))))
+        binding = program.bind(surfaces_of(engine, program))
+    except AnertError as error:
+        return Outcome(True, f"one column is refused before an evaluate: {error}")
+    times, answers = [], 0
+    for _ in range(20):
+        start = time.perf_counter()
+        try:
+            binding.run()
+            answers += 1
+        except AnertError:
+            times.append((time.perf_counter() - start) * 1e6)
+    if answers:
+        return Outcome(True, "one column works here, so nothing was refused")
+    median = float(np.median(times))
+    return Outcome(True, f"{median:.1f} us", {"refusal_us": round(median, 1)})
+
+
+@probe("bandwidth", "how time grows with the bytes of a program that only passes them on")
+def bandwidth(engine: Backend) -> Outcome:
+    rates = []
+    for rows in (256, 1024, 4096):
+        fn, (x,) = function(engine, ("i00_a", (1, rows, 1, 1024)))
+        program = engine.compile(print_module(result(fn, ops.mul(x, 1.0))))
+        binding = program.bind(surfaces_of(engine, program))
+        seconds = []
+        for _ in range(7):
+            start = time.perf_counter()
+            binding.run()
+            seconds.append(time.perf_counter() - start)
+        rates.append((4 * rows * 1024, float(np.median(seconds))))
+    said = ", ".join(f"{n / 2**20:.0f} MiB in {s * 1e3:.2f} ms ({n / s / 1e9:.1f} GB/s)" for n, s in rates)
+    (small, first), (large, last) = rates[0], rates[-1]
+    return Outcome(last > first, said, {"stream_gbps": round((large - small) / max(last - first, 1e-9) / 1e9, 2)})
+
+
 @probe("compile-limit", "how many programs a process can compile", optional=True)
 def compile_limit(engine: Backend) -> Outcome:
     engine.budget = 10_000
@@ -485,17 +536,22 @@ def in_child(name: str, backend: str = "ane", opset: str = "ios18", limit_s: flo
         return asdict(Outcome(None, f"the probe's process ended with {how}: {last}"))
 
 
-def basic_probe() -> str:
-    """Why this machine's Neural Engine cannot be relied on; empty where it can be: doctor's record says so, or else a
-    child process compiles, runs and checks a small program now, in either dialect."""
-    if load_record() is not None:
-        return ""
-    outcomes = []
+def basic_probe() -> tuple[Capabilities | None, str]:
+    """(what this machine's Neural Engine takes, ""), or (None, why it cannot be relied on).
+
+    Doctor's record says so, or else a child process compiles, runs and checks a small program now: then the safe
+    capabilities, in the first dialect that passes.
+    """
+    record = load_record()
+    if record is not None:
+        return record, ""
+    faults = []
     for opset in ("ios18", "ios16"):
-        outcomes.append(in_child(BASIC, opset=opset))
-        if outcomes[-1]["ok"]:
-            return ""
-    return str(outcomes[0]["value"])
+        outcome = in_child(BASIC, opset=opset)
+        if outcome["ok"]:
+            return replace(ANE, opset=opset), ""
+        faults.append(str(outcome["value"]))
+    return None, faults[0]
 
 
 def child(argv: Sequence[str] | None = None) -> None:

@@ -162,9 +162,10 @@ def open_ane() -> Backend:
     from anert.backend.ane import AneBackend
     from anert.probes import basic_probe
 
-    if fault := basic_probe():
+    capabilities, fault = basic_probe()
+    if capabilities is None:
         raise BackendUnavailable(f"the Neural Engine does not pass the basic probe: {fault}; see `anert doctor`")
-    return AneBackend()
+    return AneBackend(capabilities)
 
 
 def plan_cache() -> PlanCache | None:

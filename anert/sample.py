@@ -27,8 +27,11 @@ ENGINES = ("mil", "numpy")
 class Engine(Protocol):
     """What tells: decode.Session, or numpy_llama.NumpyLlama. `position` of `capacity` positions are seen."""
 
-    capacity: int
-    position: int
+    @property
+    def capacity(self) -> int: ...
+
+    @property
+    def position(self) -> int: ...
 
     def extend(self, tokens: Sequence[int]) -> np.ndarray:
         """See more tokens; logits (vocab,) of what comes next."""
@@ -172,7 +175,7 @@ def open_engine(
         return NumpyLlama(model, tensors)
     if engine != "mil":
         raise InputError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
-    from anert.decode import WIDTHS, Session
+    from anert.decode import WIDTHS, open_session
     from anert.param import ParamStore
     from anert.runtime import Runtime
 
@@ -183,7 +186,7 @@ def open_engine(
     slides = model.config.seq_len // 2
     longest = max(prompt, 1) if prompt else slides
     widths = [w for i, w in enumerate(WIDTHS) if i == 0 or WIDTHS[i - 1] < longest]
-    session = Session(rt, model, store, widths=widths, weights=weights)
+    session = open_session(rt, model, store, widths, weights)
     store.sync()
     return session
 
@@ -215,6 +218,8 @@ def sample(
     model, tensors, vocabulary = open_model(plugin, Path(checkpoint), tokenizer)
     n_prompt = min(len(encode_prompt(vocabulary, prompt)), model.config.seq_len)
     told = open_engine(model, tensors, engine, backend, precision, threads, n_prompt, weights)
+    if getattr(told, "networks", None):
+        yield Notice("info", "this model mixes positions outside attention: every token runs the whole window again")
     for i, sampler in enumerate(samplers):
         yield from tell(told, vocabulary, prompt, sampler, limits, i)
 

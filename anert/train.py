@@ -167,15 +167,15 @@ class Trainer:
         self.store.sync()
 
     def _networks(self) -> Iterator[Event]:
-        from anert.decode import Session
+        from anert.decode import Session, Windowed, open_session
         from anert.network import Network
 
         cfg = self.config
 
-        def build(progress: Callable[[float, float], None]) -> tuple[Network, Session]:
+        def build(progress: Callable[[float, float], None]) -> tuple[Network, Session | Windowed]:
             ready = self.gradient_sum.ready if self.gradient_sum else None
             train = Network(self.rt, self.model, self.store, cfg.seq_len, self.batch, True, progress, ready)
-            return train, Session(self.rt, self.model, self.store, widths=SAMPLE_WIDTHS, on_compile=progress)
+            return train, open_session(self.rt, self.model, self.store, SAMPLE_WIDTHS, on_compile=progress)
 
         self.net, self.sampler = yield from waited("compile kernels", "kernels", build)
 

@@ -1,6 +1,7 @@
 /* gemm_amx.c: GEMM of bf16 operands by AMX: tiles of 16 x 16 fp32 sums, 2 x 2 of them a register tile, 32 of k at a time
  * (Intel SDM 1, chapter 18). A panel of A holds, for every 16 words of k, 32 rows of 64 bytes; a panel of B every word of k
- * for 32 columns: both are what TILELOADD takes. Partial sums stay tiles: they are loaded and added to. */
+ * for 32 columns: both are what TILELOADD takes. A streams through L1, whose place is a panel of B; partial sums stay tiles:
+ * they are loaded and added to. */
 #include "internal.h"
 #if defined(ANERT_HAS_AMX)
 #define VEC_AVX512BF16
@@ -142,11 +143,11 @@ AMX_FN void tile_amx(int64_t words, const float *a, const float *b, const gemm_o
     }
     for (int64_t w = 0; w < words; w += PAIR_STEP, a += 2 * A_TILE, b += PAIR_STEP * NR) {
         _tile_loadd(6, b, NR * 4);
-        _tile_loadd(4, a, ROW_BYTES);
+        _tile_stream_loadd(4, a, ROW_BYTES);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, b + VL, NR * 4);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + A_TILE, ROW_BYTES);
+        _tile_stream_loadd(5, a + A_TILE, ROW_BYTES);
         _tile_dpbf16ps(2, 5, 6);
         ask_ahead(out->ahead);
         _tile_dpbf16ps(3, 5, 7);

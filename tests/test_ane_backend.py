@@ -406,7 +406,7 @@ def in_child(code: str, **more) -> subprocess.CompletedProcess:
 
 SAY = """from anert.runtime import Runtime
 rt = Runtime({!r})
-print(rt.backend.name, rt.engine is not None)
+print(rt.backend.name, rt.engine is not None, rt.backend.capabilities.opset)
 print(rt.note)
 """
 
@@ -414,17 +414,17 @@ print(rt.note)
 def test_the_engine_is_chosen_where_it_passes_the_basic_probe():
     done = in_child(SAY.format("auto"), ANERT_FAKE_PROFILE="m4")
     name, note = done.stdout.splitlines()
-    assert name == "ane True" and note.startswith("backend ane (auto: passes the basic probe); precision")
+    assert name == "ane True ios18" and note.startswith("backend ane (auto: passes the basic probe); precision")
     assert "on the host, fp16 on the engine; 1 threads, " in note
     done = in_child(SAY.format("ane"), ANERT_FAKE_PROFILE="m1")  # canonical dialect alone
-    assert done.stdout.splitlines()[0] == "ane True"
+    assert done.stdout.splitlines()[0] == "ane True ios16"
 
 
 def test_an_engine_that_is_not_as_known_is_not_chosen_and_asking_for_it_is_an_error():
     broken = {"ANERT_FAKE_PROFILE": "m4", "ANERT_FAKE_MISSING": "_ANERequest"}
     done = in_child(SAY.format("auto"), **broken)
     name, note = done.stdout.splitlines()
-    assert name == "cpu False" and "backend cpu (auto: the Neural Engine does not pass the basic probe" in note
+    assert name == "cpu False ios18" and "backend cpu (auto: the Neural Engine does not pass the basic probe" in note
     assert "has no class _ANERequest" in note
     command = [sys.executable, "-m", "anert", "run", "plugins/stories.py", "--backend", "ane", "--json"]
     done = subprocess.run(command, env=child_env(**broken), capture_output=True, text=True, cwd=ROOT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from anert import capabilities, checkpoint
@@ -51,8 +52,8 @@ def run(stories, corpus, out, backend, layout, steps, precision="fp32", **over):
     preset = stories.preset("tiny")
     options = TrainOptions(
         steps=steps, batch=1, warmup=20, lr=1e-3, data=str(text), tokenizer=str(tokenizer), out=str(out),
-        eval_every=steps // 2, eval_tokens=1024, sample_every=steps // 2, save_every=0, backend=backend, layout=layout,
-        precision=precision, threads=1, seed=7, **over,
+        eval_every=steps // 2, eval_tokens=1024, sample_every=steps // 2, save_every=steps * 7 // 10, backend=backend,
+        layout=layout, precision=precision, threads=1, seed=7, **over,
     )  # fmt: skip
     events = list(train(stories, "tiny", preset.config, options, lambda: False))
     started = next(e for e in events if isinstance(e, RunStarted))
@@ -89,6 +90,10 @@ def test_a_run_has_the_losses_of_backend_cpu(fake_ane, stories, corpus, tmp_path
     wanted = run(stories, corpus, tmp_path / "cpu", "cpu", layout, STEPS)
     assert len(losses) == STEPS and losses == wanted[0]
     assert validation == wanted[1] and losses[-1] < losses[0] - 1
+    for step in ("step-00000140", "step-00000200"):
+        mine, theirs = (checkpoint.load(tmp_path / backend / step) for backend in ("ane", "cpu"))
+        for a, b in ((mine.model, theirs.model), (mine.optim, theirs.optim)):
+            assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
     assert set(texts) == set(fake.compiler.texts) and summary["compiles"] == wanted[3]["compiles"]
 
 

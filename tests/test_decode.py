@@ -12,13 +12,16 @@ from hypothesis import strategies as st
 
 from anert.backend.cpu import CpuBackend
 from anert.backend.reference import ReferenceBackend
-from anert.blocks import build_cached_blocks
+from anert.blocks import build_cached_blocks, columnwise, mixing_block
 from anert.capabilities import ANE
-from anert.decode import Session
-from anert.errors import CompileError, InputError, StateError
+from anert.decode import Session, Windowed, open_session
+from anert.errors import CompileError, InputError, StateError, UnsupportedError
+from anert.mil import ops
+from anert.mil.lint import lint
+from anert.mil.text import parse
 from anert.network import Network
 from anert.numpy_llama import NumpyLlama
-from anert.param import ParamStore
+from anert.param import ParamStore, Spec
 from anert.plugin import load
 from anert.runtime import Runtime
 
@@ -169,3 +172,68 @@ def test_bad_calls(both):
     with pytest.raises(StateError, match="cannot go back to position 5: the cache holds 0"):
         session.rewind(5)
     assert close(session.extend(tokens[:2]), both[1][1]), "a refused call leaves the cache as it was"
+
+
+@pytest.mark.parametrize("preset", ["260k", "15m", "110m", "tiny"])
+def test_the_engines_kernels_break_no_rule(preset):
+    """No error of the constraint catalogue for any chip, a token at a time and in a prefill."""
+    chosen = load(str(ROOT / "plugins" / "stories.py")).preset(preset)
+    model = chosen.model(chosen.config)
+    for width in (32, 128):
+        for block in build_cached_blocks(model, width, chosen.config.seq_len, ANE):
+            for kernel in block.forward:
+                found = lint(parse(kernel.text, blobs=kernel.blobs).main)
+                assert [f for f in found if f.severity == "error"] == []
+
+
+# ---- models that no cache can serve
+
+
+def shifted(cfg, x, w, pos):
+    """Half of each position's channels come from the position before it (Peng et al. 2023, RWKV's token shift)."""
+    before = ops.pad(ops.slice_by_size(x, begin=(0, 0), size=(x.shape[0], x.shape[1] - 1)), pad=(0, 0, 1, 0))
+    return x + w.mix @ before
+
+
+def mean(cfg, x, w, pos):
+    return x + w.mix @ (x - ops.reduce_sum(x, axes=(1,), keep_dims=True))
+
+
+@pytest.fixture
+def mixing(model):
+    class Mixing(type(model)):
+        blocks = (*type(model).blocks, shifted)
+
+        def layer_params(self, cfg):
+            return {**super().layer_params(cfg), "mix": Spec.normal(cfg.dim, cfg.dim)}
+
+    return Mixing(model.config)
+
+
+def test_positions_that_meet_outside_attention_are_found(model, mixing):
+    assert mixing_block(model) == "" and mixing_block(mixing) == "shifted"
+    assert all(columnwise(model.trace_alone(block, 7)) for block in model.blocks), "no need to run them"
+    assert not columnwise(mixing.trace_alone(shifted, 7)) and not columnwise(mixing.trace_alone(mean, 7))
+    type(mixing).blocks = (mean,)
+    assert mixing_block(mixing) == "mean"
+
+
+def test_such_a_model_runs_by_windows(mixing):
+    rt = Runtime("cpu", "fp32")
+    store = ParamStore(rt.heap, rt.pool, mixing.specs(), train=False)
+    store.initialise(3)
+    engine = open_session(rt, mixing, store)
+    store.sync()
+    assert isinstance(engine, Windowed) and rt.backend.compiles == engine.kernels
+    net = Network(rt, mixing, store, SEQ_LEN, 1, train=False)
+    tokens = np.random.default_rng(0).integers(0, 512, SEQ_LEN).astype(np.int32)
+    want = net.head.logits(net.forward(tokens), np.arange(SEQ_LEN, dtype=np.int32))
+    assert close(engine.extend(tokens[:20]), want[19]) and close(engine.extend(tokens[20:40]), want[39])
+    engine.rewind(5)
+    assert close(engine.extend(tokens[5:7]), want[6]) and engine.position == 7
+    with pytest.raises(InputError, match="42 tokens do not fit: 7 of 48"):
+        engine.extend([1] * 42)
+    with pytest.raises(StateError, match="position 9: 7 are seen"):
+        engine.rewind(9)
+    with pytest.raises(UnsupportedError, match="block 'shifted' mixes positions"):
+        open_session(rt, mixing, store, weights="int8")

@@ -57,7 +57,7 @@ def two(text, tmp_path_factory):
 def test_collectives(n, tmp_path):
     done = ranks.run(n, "collectives", str(tmp_path), program=PROGRAM)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["rank", "done"] * n
+    assert done.stdout.count("rank done") == n
 
 
 def test_sums_begin_behind_the_backward_pass(text, two, tmp_path):

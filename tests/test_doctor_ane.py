@@ -21,9 +21,10 @@ OPEN = {
     "binding": "sorted", "output_binding": "sorted", "equal_sizes": False, "max_inputs": 8, "width_multiple": 16,
     "surface_multiple": 64, "min_surface": 64, "contraction_multiple": 1, "softmax_any_width": True,
     "opset": "ios18", "max_width": 65536, "fp32_ports": True, "attention_mask": True, "conv_runtime_weights": True,
-    "slice_limit": 65504.0, "matmul_limit": 65504.0,
+    "slice_limit": 65504.0, "matmul_limit": 65504.0, "slice_concat": True,
 }  # fmt: skip
 """What the probes find of an engine without quirks; the stand-in's own contract has 8 inputs and widths of 16."""
+TIMES = ("ops", "dispatch_us", "refusal_us", "stream_gbps")
 FOUND = {
     "plain": OPEN,
     "m4": OPEN | {"attention_mask": False, "conv_runtime_weights": False, "matmul_limit": 32752.0},
@@ -56,13 +57,14 @@ def test_the_probes_recover_a_profiles_quirks(profile: str, fake_ane: Any, monke
     usable = {}
     for outcome in outcomes.values():
         usable |= outcome.record.get("ops", {})
-        record |= {k: v for k, v in outcome.record.items() if k not in ("ops", "dispatch_us")}
+        record |= {k: v for k, v in outcome.record.items() if k not in TIMES}
     assert record == FOUND[profile]
     quirks = PROFILES[profile]
     assert usable == {kind: kind != "tile" or not quirks.tile_poisons for kind in usable} and len(usable) == 14
     assert outcomes["op-tile"].rules == {"ANE202": quirks.tile_poisons}
     assert outcomes["basic"].ok and "1 compile for two sets of weights" in outcomes["basic"].value
     assert 50 < outcomes["dispatch-floor"].record["dispatch_us"] < 5000
+    assert outcomes["refusal-time"].record["refusal_us"] > 0 and outcomes["bandwidth"].record["stream_gbps"] > 0
 
 
 def test_binding_as_declared_is_found(fake_ane: Any, monkeypatch: pytest.MonkeyPatch) -> None:

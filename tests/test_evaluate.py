@@ -106,6 +106,6 @@ def test_the_verb(paths, capsys, tmp_path):
         assert main(["eval", str(checkpoint), "--data", str(bad), *argv[4:]]) == 2
         err = capsys.readouterr().err
         *progress, line = err.splitlines()
-        assert message in line and all(p.startswith("tokenize: ") for p in progress)
+        assert message in line and all(p.startswith("tokenize  ") for p in progress)
     assert main(["eval", "nowhere", "--data", str(text)]) == 2
     assert "no checkpoint there" in capsys.readouterr().err

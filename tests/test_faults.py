@@ -59,7 +59,9 @@ for event in run.run():
         else:
             Path(refusal + ".part").write_text(code)
             os.rename(refusal + ".part", refusal)
-    if isinstance(event, ev.StepDone) and event.step in (12, until - 1):
+    if isinstance(event, ev.StepDone) and event.step in (13, until):
+        run.saver._idle.wait()  # the save before has been refused
+    if isinstance(event, ev.StepDone) and event.step in (until - 1, until + 5):
         time.sleep(0.1)  # longer than RETRY_S
     if isinstance(event, ev.StepDone) and event.step == until:
         found = checkpoint.load(out).step if code != "vanish" else 0

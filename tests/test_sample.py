@@ -285,6 +285,8 @@ def test_bad_prompts(base, capsys, tmp_path):
     assert code == 2 and "not UTF-8: byte 3 is 0xe9" in err
     code, _, err = run(capsys, "sample", str(tmp_path / "none.bin"), "--plugin", STORIES)
     assert code == 2 and "no checkpoint there" in err
+    code, _, err = run(capsys, *base[:2])
+    assert code == 2 and "model of plugin 'stories', which is not installed: pass --plugin FILE" in err
     truncated = tmp_path / "t.bin"
     truncated.write_bytes(Path(base[1]).read_bytes()[:1000])
     code, _, err = run(capsys, "sample", str(truncated), *base[2:])

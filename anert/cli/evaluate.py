@@ -8,12 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from anert.cli.meter import Meter
 from anert.cli.parser import Parser, reader
-from anert.errors import InputError
+from anert.cli.sample import plugin_for
 
 
 def main(argv: Sequence[str]) -> int:
-    from anert.events import Evaluated, Progress
+    from anert.events import Evaluated
 
     parser = Parser(prog="anert eval", description="Loss, perplexity and bits per byte of a trained model on a text.")
     add = parser.add_argument
@@ -28,18 +29,15 @@ def main(argv: Sequence[str]) -> int:
     add("--json", action="store_true", help="one JSON object as the last line of stdout")
     add("--debug", action="store_true", help="an error keeps its traceback")
     found = parser.parse(argv)
-    if not found.checkpoint.exists():
-        raise InputError(f"{found.checkpoint}: no checkpoint there; a training run leaves one in its --out directory")
+    plugin = plugin_for(found.checkpoint, found.plugin)
     from anert.evaluate import evaluate
-    from anert.inputs import plugin_of
-    from anert.plugin import load, split_name
 
-    plugin = load(split_name(found.plugin or plugin_of(found.checkpoint))[0])
+    meter = Meter()
     options = {k: getattr(found, k) for k in ("tokenizer", "tokens", "backend", "precision", "threads")}
     for event in evaluate(found.checkpoint, found.data, plugin, **options):
-        if isinstance(event, Progress):
-            print(f"{event.task}: {event.done:,.0f} of {event.total:,.0f} {event.unit}", file=sys.stderr)
-        elif isinstance(event, Evaluated):
+        meter.show(event)
+        if isinstance(event, Evaluated):
+            meter.clear()
             print(_line(event), file=sys.stderr if found.json else sys.stdout)
             if found.json:
                 plain = {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in event.as_dict().items()}

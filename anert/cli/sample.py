@@ -24,10 +24,21 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--plugin", default="", metavar="PLUGIN",
                         help="a file or an installed name [the checkpoint's, else stories]")  # fmt: skip
     found = options(parser).parse(argv)
-    from anert.inputs import plugin_of
-    from anert.plugin import load, split_name
+    return show(plugin_for(found.checkpoint, found.plugin), found)
 
-    return show(load(split_name(found.plugin or plugin_of(found.checkpoint))[0]), found)
+
+def plugin_for(checkpoint: Path, named: str) -> Plugin:
+    """The plugin that --plugin names, else the installed one that trained the checkpoint."""
+    from anert.errors import PluginError
+    from anert.inputs import plugin_of
+    from anert.plugin import installed, load, split_name
+
+    if not checkpoint.exists():
+        raise InputError(f"{checkpoint}: no checkpoint there; a training run leaves one in its --out directory")
+    name = split_name(named)[0] if named else plugin_of(checkpoint)
+    if not named and name not in {entry.name for entry in installed()}:
+        raise PluginError(f"{checkpoint} is a model of plugin {name!r}, which is not installed: pass --plugin FILE")
+    return load(name)
 
 
 def options(parser: Parser) -> Parser:
