@@ -1,7 +1,7 @@
 /* fp16.c: conversions between fp32 and fp16 over rows, matrices and transposed matrices, one owner per chunk or block. */
 #include "internal.h"
 
-enum { CHUNK = 1 << 16, BLOCK = 64, CLAMP_ROW = 1024 };
+enum { STREAMED = 1 << 20, CHUNK = 1 << 16, BLOCK = 64, CLAMP_ROW = 1024 };
 
 void anert_fp16_down(const float *src, uint16_t *dst, size_t n) {
     for (size_t i = 0; i < n; i++)
@@ -34,9 +34,10 @@ void anert_fp16_turn_block(const uint16_t *src, size_t ss, uint16_t *dst, size_t
 static size_t count_past(const float *src, size_t n) { return anert_count_past(src, n); }
 
 static void stream(const uint16_t *src, uint16_t *dst, size_t n) { memcpy(dst, src, n * sizeof *dst); }
+static void fence(void) {}
 
 static const anert_fp16_kernels scalar = {anert_fp16_down,     anert_fp16_up,         anert_fp16_down_block,
-                                          anert_fp16_up_block, anert_fp16_turn_block, count_past, stream};
+                                          anert_fp16_up_block, anert_fp16_turn_block, count_past, stream, anert_fp16_up, fence};
 
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa) {
     switch (anert_isa_vectors(isa)) {
@@ -76,7 +77,7 @@ typedef struct {
     void *dst;
     size_t ss, ds, rows, cols;
     size_t across; /* pieces along a row */
-    bool down, clamp;
+    bool down, clamp, large; /* large: past the caches */
     _Atomic uint64_t clamped;
 } conversion;
 
@@ -105,7 +106,9 @@ static void convert_block(void *arg, int64_t index, int32_t thread) {
     if (!job->down) {
         job->kernels->transpose((const uint16_t *)job->src + from, job->ss, halves, rows, rows, cols);
         for (size_t c = 0; c < cols; c++)
-            job->kernels->f16_to_f32(halves + c * rows, (float *)job->dst + to + c * job->ds, rows);
+            (job->large ? job->kernels->stream_up : job->kernels->f16_to_f32)(halves + c * rows,
+                                                                              (float *)job->dst + to + c * job->ds, rows);
+        job->kernels->fence();
         return;
     }
     size_t r = 0;
@@ -116,7 +119,15 @@ static void convert_block(void *arg, int64_t index, int32_t thread) {
         else
             job->kernels->f32_to_f16(wide, halves + r * cols, cols);
     } while (++r < rows);
-    job->kernels->transpose(halves, cols, (uint16_t *)job->dst + to, job->ds, rows, cols);
+    if (job->large) {
+        uint16_t turned[BLOCK * BLOCK];
+        job->kernels->transpose(halves, cols, turned, rows, rows, cols);
+        for (size_t c = 0; c < cols; c++)
+            job->kernels->stream(turned + c * rows, (uint16_t *)job->dst + to + c * job->ds, rows);
+        job->kernels->fence();
+    } else {
+        job->kernels->transpose(halves, cols, (uint16_t *)job->dst + to, job->ds, rows, cols);
+    }
     if (past > 0)
         job->clamped += past;
 }
@@ -125,6 +136,7 @@ static void convert(anert_pool *pool, conversion *job, bool transpose) {
     if (job->rows == 0 || job->cols == 0)
         return;
     size_t down = job->rows;
+    job->large = job->cols >= STREAMED / job->rows;
     if (transpose) {
         down = (job->rows + BLOCK - 1) / BLOCK;
         job->across = (job->cols + BLOCK - 1) / BLOCK;

@@ -117,7 +117,8 @@ static void turn_block_neon(const uint16_t *src, size_t ss, uint16_t *dst, size_
 static size_t count_neon(const float *src, size_t n) { return anert_count_past(src, n); }
 
 static void stream_neon(const uint16_t *src, uint16_t *dst, size_t n) { memcpy(dst, src, n * sizeof *dst); }
+static void fence_neon(void) {}
 
 const anert_fp16_kernels anert_fp16_neon = {down_neon, up_neon, down_block_neon, up_block_neon, turn_block_neon, count_neon,
-                                            stream_neon};
+                                            stream_neon, up_neon, fence_neon};
 #endif

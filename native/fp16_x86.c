@@ -101,11 +101,21 @@ AVX2 static void stream_avx2(const uint16_t *src, uint16_t *dst, size_t n) {
     for (; i + 16 <= n; i += 16)
         _mm256_stream_si256((__m256i *)(dst + i), _mm256_loadu_si256((const __m256i *)(src + i)));
     memcpy(dst + i, src + i, (n - i) * sizeof *dst);
-    _mm_sfence();
 }
 
+AVX2 static void stream_up_avx2(const uint16_t *src, float *dst, size_t n) {
+    size_t i = 0;
+    for (; i < n && ((uintptr_t)(dst + i) & 31) != 0; i++)
+        dst[i] = anert_float(src[i]);
+    for (; i + 8 <= n; i += 8)
+        _mm256_stream_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(src + i))));
+    anert_fp16_up(src + i, dst + i, n - i);
+}
+
+static void fence(void) { _mm_sfence(); }
+
 const anert_fp16_kernels anert_fp16_avx2 = {down_avx2, up_avx2, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx2,
-                                            stream_avx2};
+                                            stream_avx2, stream_up_avx2, fence};
 
 AVX512 static void down_avx512(const float *src, uint16_t *dst, size_t n) {
     size_t i = 0;
@@ -125,5 +135,5 @@ AVX512 static size_t count_avx512(const float *src, size_t n) { return anert_cou
 
 /* Transposes are bound by their loads and stores of 8 halves: the AVX2 ones serve. */
 const anert_fp16_kernels anert_fp16_avx512 = {down_avx512, up_avx512, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx512,
-                                              stream_avx2};
+                                              stream_avx2, stream_up_avx2, fence};
 #endif

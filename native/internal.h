@@ -55,7 +55,10 @@ typedef struct {
     void (*transpose_f16_to_f32)(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols);
     void (*transpose)(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
     size_t (*count_past)(const float *src, size_t n); /* how many magnitudes exceed 65504; NaN does not */
-    void (*stream)(const uint16_t *src, uint16_t *dst, size_t n); /* a copy past the caches, made visible before it returns */
+    /* Copies past the caches, of halves and of halves widened; fence makes them visible to other threads. */
+    void (*stream)(const uint16_t *src, uint16_t *dst, size_t n);
+    void (*stream_up)(const uint16_t *src, float *dst, size_t n);
+    void (*fence)(void);
 } anert_fp16_kernels;
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa); /* isa resolved, not AUTO */
 /* f32_to_f16 with everything past +-65504, inf too but not NaN, written as +-65504; returns how many those were. */

@@ -195,10 +195,14 @@ static void place_anywhere(const uint16_t *halves, int64_t hs, anert_placement t
 
 static void place_transposed(const pass *job, const uint16_t *halves, int64_t hs, anert_placement to, int64_t rows,
                              int64_t cols) {
+    uint16_t turned[BLOCK * BLOCK];
     for (int64_t c = 0; c < cols; c += BLOCK)
-        for (int64_t r = 0; r < rows; r += BLOCK)
-            job->fp16->transpose(halves + r * hs + c, (size_t)hs, to.base + r + c * to.col_stride, (size_t)to.col_stride,
-                                 (size_t)MIN(rows - r, (int64_t)BLOCK), (size_t)MIN(cols - c, (int64_t)BLOCK));
+        for (int64_t r = 0; r < rows; r += BLOCK) {
+            int64_t down = MIN(rows - r, (int64_t)BLOCK), along = MIN(cols - c, (int64_t)BLOCK);
+            job->fp16->transpose(halves + r * hs + c, (size_t)hs, turned, BLOCK, (size_t)down, (size_t)along);
+            for (int64_t k = 0; k < along; k++)
+                job->copy(turned + k * BLOCK, to.base + r + (c + k) * to.col_stride, (size_t)down);
+        }
 }
 
 /* Writes halves of the tile at (row, col) to the placements that are (or are not) straight. */
@@ -239,6 +243,7 @@ static void run_tile(void *arg, int64_t index, int32_t thread) {
             place(job, true, part, row + r, col + c, 1, n);
         }
     place(job, false, halves, row, col, rows, cols);
+    job->fp16->fence();
     if (past > 0)
         job->clamped += past;
 }

@@ -110,7 +110,7 @@ def test_inspect_names_what_is_no_model(tmp_path, shared_data):
         ("empty.bin", b"", "empty"),
         ("lfs.bin", b"version https://git-lfs.github.com/spec/v1\nsize 5\n", "git lfs pull"),
         ("cut.bin", struct.pack("<7i", 288, 768, 6, 6, 6, 32000, 256) + bytes(5001), "has 60,816,028 bytes: truncated"),
-        ("x.gz", gzip.compress(b"hello"), "gzip"),
+        ("x.gz", gzip.compress(b"\xff\xfe\0bin", mtime=0)[:-9], "x.gz"),
         ("cut.gguf", b"GGUF\3\0\0\0", "truncated"),
         ("odd.bin", bytes(range(256)) * 3 + b"x", "no uint16 ids"),
     ],
