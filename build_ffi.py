@@ -39,9 +39,13 @@ NATIVE = ROOT / "native"
 MODULE, ANE_MODULE = "anert._native", "anert._ane"
 ANE_SOURCES = ("ane.m", "ane_framework.m", "surface_iosurface.m", "error.c")
 # No contraction: bits must not depend on which multiply-add a compiler chose to fuse. Nobody reads errno or the
-# floating-point flags: so said, loops with sqrt and selects are vectorised.
-CFLAGS = ["-O3", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden"]
+# floating-point flags: so said, loops with sqrt and selects are vectorised. No debug information, which Python's own
+# flags ask for: it names the folder of the build, and two builds would differ (ANERT_CFLAGS=-g brings it back).
+CFLAGS = ["-O3", "-g0", "-std=gnu11", "-Wall", "-Wextra", "-fvisibility=hidden"]
 CFLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+LIMITED_API = ("Py_LIMITED_API", "0x030B0000")
+OBJC_FLAGS = ("-fno-objc-arc", "-Werror=objc-method-access", "-Wno-unused-command-line-argument")
+OBJC_LIBRARIES = ("-framework", "Foundation", "-lobjc")
 JOBS = 2
 NO_COMPILER = (
     "anert's native core needs a C compiler and {command!r} was not found. Install one: "
@@ -63,9 +67,8 @@ def objc_flags(include: Path) -> tuple[list[str], list[str]]:
     """Compile and link flags of Objective-C without ARC: Foundation, on macOS Apple's, elsewhere GNUstep's on gcc's
     runtime. `include` is a folder for the runtime's headers alone: beside them lie gcc's own, which clang must not
     see."""
-    flags = ["-fno-objc-arc", "-Werror=objc-method-access", "-Wno-unused-command-line-argument"]
     if sys.platform == "darwin":
-        return flags, ["-framework", "Foundation", "-lobjc"]
+        return [*OBJC_FLAGS], [*OBJC_LIBRARIES]
 
     def answer(*command: str) -> list[str]:
         return shlex.split(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
@@ -80,13 +83,17 @@ def objc_flags(include: Path) -> tuple[list[str], list[str]]:
     if not (include / "objc").exists():
         (include / "objc").symlink_to(headers[0])
     unwanted = ("-MMD", "-MP", "-g", "-O2", "-Wall", "-I.")  # dependency files; the rest is ours to say
-    return [*flags, *(f for f in found if f not in unwanted), "-fobjc-runtime=gcc", f"-I{include}"], libraries
+    return [*OBJC_FLAGS, *(f for f in found if f not in unwanted), "-fobjc-runtime=gcc", f"-I{include}"], libraries
+
+
+def native_sources() -> list[str]:
+    """The files of native/ that anert._native is built of."""
+    return sorted(path.name for path in NATIVE.glob("*.c"))
 
 
 def extension(build_dir: Path) -> Any:
     """The setuptools Extension of anert._native; cffi's generated C goes below `build_dir`."""
-    sources = sorted(path.name for path in NATIVE.glob("*.c"))
-    return _extension(build_dir, MODULE, "anert.h", sources, [], ["-pthread"])
+    return _extension(build_dir, MODULE, "anert.h", native_sources(), [], ["-pthread"])
 
 
 def ane_extension(build_dir: Path, testing: bool) -> Any:
@@ -111,7 +118,7 @@ def _extension(
         extra_compile_args=[*CFLAGS, *compile_args, *extra],
         extra_link_args=[*link_args, *extra],
         libraries=["m"],
-        define_macros=[("Py_LIMITED_API", "0x030B0000")],
+        define_macros=[LIMITED_API],
         py_limited_api=True,
     )
     return ffi.distutils_extension(tmpdir=str(build_dir))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from anert.runtime import Runtime
 from anert.tokenizer import ByteBPETokenizer
 from anert.train import TrainOptions, train
 
-STEPS = 200
+STEPS = int(os.environ.get("ANERT_TEST_STEPS", "200"))  # fewer where a step takes long: under an emulator
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_a_run_has_the_losses_of_backend_cpu(fake_ane, stories, corpus, tmp_path
         Watched(rt.pool, rt.precision, rt.heap, capabilities=same), ""))  # fmt: skip
     wanted = run(stories, corpus, tmp_path / "cpu", "cpu", layout, STEPS)
     assert len(losses) == STEPS and losses == wanted[0]
-    assert validation == wanted[1] and losses[-1] < losses[0] - 1
+    assert validation == wanted[1] and losses[-1] < losses[0] - min(1, STEPS / 200)
     for step in ("step-00000140", "step-00000200"):
         mine, theirs = (checkpoint.load(tmp_path / backend / step) for backend in ("ane", "cpu"))
         for a, b in ((mine.model, theirs.model), (mine.optim, theirs.optim)):

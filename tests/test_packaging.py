@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -75,13 +76,18 @@ def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
+def build_wheel(sources: Path, out: Path) -> Path:
+    """Dated 2020-09-13, as far as SOURCE_DATE_EPOCH is heeded."""
+    command = (sys.executable, "-m", "build", "--wheel", "--outdir", out, sources)
+    run(*command, cwd=sources, SOURCE_DATE_EPOCH="1600000000")
+    (found,) = out.glob("*.whl")
+    return found
+
+
 @pytest.fixture(scope="module")
 def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from the sdist's own files."""
-    out = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "build", "--wheel", "--outdir", out, unpacked, cwd=unpacked)
-    (found,) = out.glob("*.whl")
-    return found
+    return build_wheel(unpacked, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +119,25 @@ def test_the_wheel_is_one_a_platform_and_holds_the_package_alone(wheel: Path) ->
     assert sources <= names
     extensions = {n for n in names - sources if n.startswith("anert/")}
     assert "anert/_native.abi3.so" in extensions and all(n.endswith(".abi3.so") for n in extensions)
+
+
+def test_another_build_of_the_wheel_has_the_same_bytes(unpacked: Path, wheel: Path, tmp_path: Path) -> None:
+    """The same sources in a folder of another name, at another time."""
+    sources = tmp_path / "elsewhere"
+    derived = shutil.ignore_patterns("build", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(unpacked, sources, ignore=derived)
+    again = build_wheel(sources, tmp_path / "dist")
+    assert again.name == wheel.name
+    with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(again) as other:
+        different = [n for n in one.namelist() if n not in other.namelist() or one.read(n) != other.read(n)]
+    assert different == [] and wheel.read_bytes() == again.read_bytes()
+
+
+def test_every_dependency_has_an_upper_bound() -> None:
+    """A major release of another project must not change what a user gets: tests first."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(r for e in ("gguf", "mpi") for r in project["optional-dependencies"][e])]
+    assert [r for r in wanted if not re.search(r">=[\d.]+,<[\d.]+(;|$)", r)] == []
 
 
 def test_the_installed_wheel_runs_its_native_core(python: Path, tmp_path: Path) -> None:
