@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from anert.capabilities import Capabilities
+from anert.capabilities import ANE, Capabilities
 from anert.kernel import Kernel, build
 from anert.mil.grad import Gradient, differentiate
 from anert.mil.graph import Function, Value
@@ -34,13 +34,14 @@ class BlockKernels:
 
 
 def build_blocks(
-    model: Decoder, seq_len: int, batch: int, train: bool, layout: str, caps: Capabilities
+    model: Decoder, seq_len: int, batch: int, train: bool, layout: str, caps: Capabilities, limits: Capabilities = ANE
 ) -> list[BlockKernels]:
-    """The kernels of every block of `model` for `batch` sequences of `seq_len`.
+    """The kernels of every block of `model` for `batch` sequences of `seq_len`. limits: what cuts a block into stages;
+    the same everywhere by default, so that all layouts and backends compute the same numbers.
 
     Raises Unpackable for a stage that layout `packed` cannot carry.
     """
-    return [_build(model, block, seq_len, batch, train, layout, caps) for block in model.blocks]
+    return [_build(model, block, seq_len, batch, train, layout, caps, limits) for block in model.blocks]
 
 
 def build_cached_blocks(model: Decoder, seq_len: int, cached: int, caps: Capabilities) -> list[BlockKernels]:
@@ -113,15 +114,16 @@ def columnwise(fn: Function) -> bool:
 
 
 def _build(
-    model: Decoder, block: Any, seq_len: int, batch: int, train: bool, layout: str, caps: Capabilities
-) -> BlockKernels:
+    model: Decoder, block: Any, seq_len: int, batch: int, train: bool, layout: str, caps: Capabilities,
+    limits: Capabilities,
+) -> BlockKernels:  # fmt: skip
     fn = model.trace(block, seq_len, batch)
     params = [v.name for v in fn.inputs if v.name != "x"]
     gradient = differentiate(fn, ["x"], params) if train else None
 
     def kernels(part: Function, name: str) -> list[Kernel]:
         role = roles(part, params)
-        return [build(stage, role, layout, caps, f"{name}_{i}") for i, stage in enumerate(split(part, role))]
+        return [build(stage, role, layout, caps, f"{name}_{i}") for i, stage in enumerate(split(part, role, limits))]
 
     result = BlockKernels(fn.name, fn, params, gradient)
     result.forward = kernels(gradient.forward if gradient else fn, f"{fn.name}_forward")

@@ -446,6 +446,12 @@ class Network:
         head = self.head.flops if self.train else self.head.flops // 3
         return blocks + self.flops_recipes + head
 
+    @property
+    def port_bytes(self) -> int:
+        """That the programs of one forward (and backward) read and write at their ports, weights included."""
+        stats = [self._programs[k.text].stats for b in self._blocks for k in b.kernels]
+        return sum(s.bytes_in + s.bytes_out for s in stats) * self.layers
+
     def amax(self) -> tuple[float, int]:
         """Largest magnitude on the residual stream, and the first x that holds a non-finite value (-1: none)."""
         out, finite = ffi.ffi.new("float *"), ffi.ffi.new("int32_t *")

@@ -21,6 +21,7 @@ hypothesis.settings.load_profile("anert")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak-minutes", type=float, default=1.0, metavar="N", help="of the soak test [1]")
     parser.addoption("--soak", type=int, default=0, metavar="N", help="kills of the crash test [25]")
 
 

@@ -1,7 +1,8 @@
 """Benchmarks: each makes Cases, `measure` times them side by side, and what cannot be true is refused.
 
 A benchmark is a row of BENCHMARKS: its module has `cases(options) -> list[Case]`, made of what really runs, and
-`close()` if there is something to end.
+`close()` if there is something to end. What no Case can say has `results(options, rounds)` instead, which yields events
+and Results.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ BENCHMARKS = {
     "prefill": ("a prompt into the cache", "decode"),
     "train": ("a training step of a model: forward, backward, gradients, clip, AdamW, weight sync", "model"),
     "tokenizer": ("both tokenizers beside tiktoken, tokenizers and sentencepiece on --data TEXT", "tokenizer"),
+    "strategies": ("weights as tensors against weights baked into the programs, over a run", "strategies"),
+    "scaling": ("a training step along --axis, and which points leave the line", "scaling"),
+    "soak": ("many steps of a small model: memory, files, time and compiles stay as they are", "soak"),
     "mpi": ("sums over ranks, and training on several against one; started by mpiexec", "mpi"),
 }
 """name -> (what it measures, module of anert.bench)."""

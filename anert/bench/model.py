@@ -88,6 +88,10 @@ def forward(options: BenchOptions) -> Case:
 
 
 def train(options: BenchOptions) -> Case:
+    return train_on(options)[0]
+
+
+def train_on(options: BenchOptions) -> tuple[Case, Bench]:
     """Forward, backward, every gradient, norm and clip, AdamW, every fp16 copy of the weights."""
     from anert.optim import AdamW
 
@@ -109,6 +113,7 @@ def train(options: BenchOptions) -> Case:
             raise AnertError(f"bench train: the loss went from {first} to {last} on one batch: it should fall")
 
     name = f"train {options.plugin} {b.rt.precision}"
-    return Case(
+    case = Case(
         name, run, "tok/s", b.n, b.net.flops, peak=partial(b.rt.peak_gflops, again=True), verify=verify, notes=b.about()
     )
+    return case, b

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class BenchOptions:
     """plugin, preset: the model whose shapes are measured. seq_len 0: the preset's. threads 0: what the machine grants.
-    size: elements of an array benchmark, 0: past the last-level cache. peers: (name, path or empty)."""
+    size: elements of an array benchmark, 0: past the last-level cache. peers: (name, path or empty). steps, seconds:
+    length of a run, 0: the benchmark's own. axis, values: what a scaling varies. compile_budget: of a run that bakes
+    its weights. overrides: fields of the model's config."""
 
     plugin: str = ""
     preset: str = ""
@@ -29,6 +31,12 @@ class BenchOptions:
     size: int = 0
     data: str = ""
     peers: tuple[tuple[str, str], ...] = ()
+    steps: int = 0
+    seconds: float = 0.0
+    axis: str = ""
+    values: tuple[int, ...] = ()
+    compile_budget: int = 0
+    overrides: tuple[tuple[str, int], ...] = ()
 
     def runtime(self) -> Runtime:
         from anert.runtime import Runtime
@@ -48,7 +56,10 @@ class BenchOptions:
         name, preset = split_name(self.plugin)
         chosen = load(name).preset(self.preset or preset)
         config = chosen.config
-        if self.seq_len:
-            config = dataclasses.replace(config, seq_len=self.seq_len)
+        changed = {**({"seq_len": self.seq_len} if self.seq_len else {}), **dict(self.overrides)}
+        if missing := [name for name in changed if not hasattr(config, name)]:
+            raise InputError(f"the config of {self.plugin} has no {missing[0]}")
+        if changed:
+            config = dataclasses.replace(config, **changed)
         model: Decoder = chosen.model(config)
         return model, config

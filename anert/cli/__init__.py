@@ -39,6 +39,7 @@ VERBS = {
     "verify": ("prove that an interrupted run goes on bit for bit", "verify"),
     "doctor": ("look at this machine, and probe its Neural Engine", "doctor"),
     "bench": ("measure, side by side, what this machine does", "bench"),
+    "estimate": ("a training step on a Neural Engine, on paper, from the kernels that would run", "estimate"),
     "lint": ("check MIL text, or a plugin's kernels, against the Neural Engine's published constraints", "lint"),
 }
 """verb -> (what it does, module of anert.cli), in the order that --help lists them."""

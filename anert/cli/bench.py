@@ -40,15 +40,20 @@ def main(argv: Sequence[str]) -> int:
         raise InputError(f"no benchmark {found.name!r}: {suggest(found.name, BENCHMARKS)}")
     peers = tuple((name, path) for name, _, path in (peer.partition("=") for peer in found.peer))
     options = BenchOptions(found.plugin or "", "", found.seq_len, found.batch, found.precision, found.backend,
-                           found.layout, found.threads, found.isa, found.size, found.data, peers)  # fmt: skip
+                           found.layout, found.threads, found.isa, found.size, found.data, peers, found.steps,
+                           found.seconds, found.axis, _values(found.values), found.compile_budget)  # fmt: skip
     baseline = _saved(found.compare) if found.compare else {}
     module: Any = importlib.import_module(f"anert.bench.{BENCHMARKS[found.name][1]}")
-    cases = module.cases(found.name, options)
-    if not cases:  # another rank tells
-        return 0
+    if hasattr(module, "results"):
+        items = module.results(options, found.rounds or module.ROUNDS)
+    else:
+        cases = module.cases(found.name, options)
+        if not cases:  # another rank tells
+            return 0
+        items = measure(cases, found.rounds or 7, found.warmup, not found.no_wait, found.max_spread)
     results: list[Result] = []
     stream = sys.stderr if found.json else sys.stdout
-    for item in measure(cases, found.rounds, found.warmup, not found.no_wait, found.max_spread):
+    for item in items:
         if isinstance(item, Result):
             results.append(item)
             print(line(item), file=stream, flush=True)
@@ -82,7 +87,12 @@ def _parser() -> Parser:
     add("--size", default=0, type=reader(int), metavar="N", help="elements of an array benchmark [past the caches]")
     add("--data", default="", metavar="FILE", help="a token file [drawn ids]")
     add("--peer", action="append", default=[], metavar="NAME[=PATH]", help="measure beside: torch, ...; repeatable")
-    add("--rounds", default=7, type=reader(int, 1), metavar="N", help="timings a case [%(default)s]")
+    add("--rounds", default=0, type=reader(int), metavar="N", help="timings a case [7; strategies: 1]")
+    add("--steps", default=0, type=reader(int), metavar="N", help="length of a run [strategies: 12, soak: 20000]")
+    add("--seconds", default=0.0, type=reader(float), metavar="X", help="end soak after so long [no limit]")
+    add("--axis", default="", metavar="NAME", help="what scaling varies: seq_len, batch, n_layers, ...")
+    add("--values", default="", metavar="N,N", help="points on that axis [its own]")
+    add("--compile-budget", default=100, type=reader(int, 1), metavar="N", help="of strategies' runs [%(default)s]")
     add("--warmup", default=2, type=reader(int, 1), metavar="N", help="runs before [%(default)s]")
     add("--max-spread", default=0.6, type=reader(float), metavar="X",
         help="refuse beyond (p90 - p10) / median [%(default)s]")  # fmt: skip
@@ -101,7 +111,18 @@ def line(r: Result) -> str:
     parts += [f"{r.peak_fraction:.0%} of the peak"] if r.peak_fraction is not None else []
     parts += [f"{r.ratio:.2f}x {r.baseline}"] if r.ratio is not None else []
     parts += [f"{r.disturbed} disturbed"] if r.disturbed else []
+    parts += [str(r.notes["said"])] if "said" in r.notes else []
     return "  ".join(parts)
+
+
+def _values(text: str) -> tuple[int, ...]:
+    try:
+        found = tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        found = (0,)
+    if any(n < 1 for n in found):
+        raise InputError(f"--values takes whole numbers of at least 1, as 64,128,256, got {text!r}")
+    return found
 
 
 def _threads(results: Sequence[Result]) -> tuple[int, str]:
