@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from anert.backend.planner import written_flops
+from anert.backend.base import written_flops
 from anert.blocks import BlockKernels, build_blocks
 from anert.capabilities import ANE, Capabilities
 from anert.errors import InputError, Unpackable

@@ -21,6 +21,9 @@ from anert.ffi import Pool, call
 from anert.kernel import Slot
 from anert.surface import Heap, Surface, locked
 
+Progress = Callable[[float, float], None]
+"""(done, total) of something that takes a while."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spec:
@@ -179,19 +182,30 @@ class ParamStore(Mapping[str, Param]):
             p.encoded = make(nbytes)
         return p.encoded
 
-    def initialise(self, seed: int) -> None:
-        """Draw initial values; each parameter has its own stream, so that adding one changes no other."""
-        for p in self.values():
+    def initialise(self, seed: int, progress: Progress | None = None) -> None:
+        """Draw initial values; each parameter has its own stream, so that adding one changes no other.
+        progress(weights set, all)."""
+        for p in self._told(progress):
             if p.spec.std is None:
                 p.master[...] = p.spec.fill
             else:
                 rng = np.random.Generator(np.random.Philox(key=[seed, zlib.crc32(p.name.encode())]))
                 p.master[...] = rng.standard_normal(p.spec.shape, dtype=np.float32) * np.float32(p.spec.std)
 
-    def load(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Copy tensors of the same names and sizes into the masters. InputError names what is missing or misshapen."""
-        for name, p in self.items():
-            p.master[...] = self._tensor(tensors, name)
+    def load(self, tensors: Mapping[str, np.ndarray], progress: Progress | None = None) -> None:
+        """Copy tensors of the same names and sizes into the masters. InputError names what is missing or misshapen.
+        progress(weights set, all)."""
+        for p in self._told(progress):
+            p.master[...] = self._tensor(tensors, p.name)
+
+    def _told(self, progress: Progress | None) -> Iterator[Param]:
+        """Every Param; after each, how many weights are done."""
+        done = 0
+        for p in self.values():
+            yield p
+            done += p.spec.size
+            if progress:
+                progress(done, self.n_params)
 
     def adopt(self, tensors: Mapping[str, np.ndarray]) -> None:
         """As `load`, for weights that will not change: masters become views of the tensors where these are float32, so

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from anert.errors import AnertError, EngineError, InputError, NonFiniteError
@@ -153,10 +154,7 @@ class Trainer:
         assert self.store.grads is not None
         self.gradient_sum = self.world.gradient_sum(self.store.grads)
         self.saver = Saver(self.store, self.out, self.data.tokenizer, o.keep)
-        if inputs.weights.tensors is None:
-            self.store.initialise(o.seed)
-        else:
-            self.store.load(inputs.weights.tensors)
+        yield from waited("set weights", "weights", partial(self._set_weights, inputs.weights.tensors))
         yield from self._networks()
         self._optimizer()
         if inputs.resumed is not None:
@@ -165,6 +163,12 @@ class Trainer:
         for flat in self.store.flats:
             self.world.broadcast(flat)
         self.store.sync()
+
+    def _set_weights(self, tensors: Any, progress: Callable[[float, float], None]) -> None:
+        if tensors is None:
+            self.store.initialise(self.options.seed, progress)
+        else:
+            self.store.load(tensors, progress)
 
     def _networks(self) -> Iterator[Event]:
         from anert.decode import Session, Windowed, open_session

@@ -20,8 +20,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from anert.backend.base import Backend, Binding, Port, Program, ProgramStats
-from anert.backend.planner import written_flops
+from anert.backend.base import Backend, Binding, Port, Program, ProgramStats, written_flops
 from anert.capabilities import ANE, Capabilities, load_record
 from anert.errors import CompileError, EngineError, EngineRefused, ShapeError, StateError, UnsupportedError
 from anert.ffi import call, error, load_ane

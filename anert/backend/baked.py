@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from anert.backend.base import Backend, Binding, Port, Program, ProgramStats
-from anert.backend.planner import written_flops
+from anert.backend.base import Backend, Binding, Port, Program, ProgramStats, written_flops
 from anert.errors import CompileError, InputError
 from anert.kernel import LARGE_CONST, Kernel
 from anert.mil import passes

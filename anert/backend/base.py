@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from anert.capabilities import Capabilities
 from anert.errors import CompileError, ShapeError, UnsupportedError
-from anert.mil.graph import TensorType
+from anert.mil.graph import Function, TensorType
 from anert.surface import Surface
 
 
@@ -48,6 +48,18 @@ class ProgramStats:
     compile_ms: float = 0.0
     patterns: dict[str, int] = field(default_factory=dict)
     """How often each fusion was found: `attention`, `attention_backward`, `tile`, `gemm`, ..."""
+
+
+def written_flops(function: Function) -> int:
+    """FLOPs of the function as it is written, multiply-adds as 2."""
+    from anert.mil.ops.table import lookup, types_of
+
+    total = 0
+    for op in function.ops:
+        row = lookup(op.kind)
+        if row.flops is not None:
+            total += row.flops(types_of(op.inputs), op.attrs, [v.type for v in op.outputs])
+    return total
 
 
 class Binding(abc.ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from anert.backend.attention import Finder
-from anert.backend.base import Port, ProgramStats
+from anert.backend.base import Port, ProgramStats, written_flops
 from anert.backend.emit import Emitted, Emitter
 from anert.backend.fuse import Fuser, prune, retarget
 from anert.backend.lower import Lowering, OpLowering
@@ -21,18 +21,6 @@ def lowerings() -> dict[str, OpLowering]:
     from anert.backend import lower_contract, lower_moves, lower_ops
 
     return {**lower_ops.TABLE, **lower_moves.TABLE, **lower_contract.TABLE}
-
-
-def written_flops(function: Function) -> int:
-    """FLOPs of the function as it is written, multiply-adds as 2."""
-    from anert.mil.ops.table import lookup, types_of
-
-    total = 0
-    for op in function.ops:
-        row = lookup(op.kind)
-        if row.flops is not None:
-            total += row.flops(types_of(op.inputs), op.attrs, [v.type for v in op.outputs])
-    return total
 
 
 def plan_function(function: Function, precision: str, fuse: bool, encodings: Mapping[str, str]) -> Plan:

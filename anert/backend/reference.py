@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from anert.backend.base import Backend, Binding, Port, Program, ProgramStats
+from anert.backend.base import Backend, Binding, Port, Program, ProgramStats, written_flops
 from anert.capabilities import CPU, Capabilities
 from anert.errors import InputError, ShapeError, StateError
 from anert.mil.graph import DTYPES, Function, Op, TensorType, Value
 from anert.mil.ops import lookup
-from anert.mil.ops.table import types_of
 from anert.surface import Heap, Hold, Surface
 
 PRECISIONS = ("exact", "fp16", "float64")
@@ -166,16 +165,6 @@ def first_nonfinite(function: Function, inputs: Mapping[str, Any], precision: st
     return None
 
 
-def _flops(function: Function) -> int:
-    """Multiply-adds as 2, as written."""
-    total = 0
-    for op in function.ops:
-        row = lookup(op.kind)
-        if row.flops is not None:
-            total += row.flops(types_of(op.inputs), op.attrs, [v.type for v in op.outputs])
-    return total
-
-
 class ReferenceBinding(Binding):
     """A reference program with surfaces on its ports."""
 
@@ -217,7 +206,7 @@ class ReferenceProgram(Program):
         self.inputs = tuple(Port(v.name, v.type) for v in function.inputs)
         self.outputs = tuple(Port(v.name, v.type) for v in function.outputs)
         self.overflows: dict[str, int] = {}
-        flops = _flops(function)
+        flops = written_flops(function)
         self.stats = ProgramStats(
             flops_written=flops,
             flops_executed=flops,
