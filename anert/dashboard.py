@@ -38,7 +38,7 @@ STYLES = {
 """Mid-tones that read on dark and on light terminals."""
 
 INTERVAL_S = 0.25
-SHARE = 0.005
+SHARE = 0.0025
 """Of one core, that drawing may take: a slow terminal or a big frame is drawn less often."""
 REPAINT_S = 5.0
 """Whatever else wrote over the screen is painted over after this long."""

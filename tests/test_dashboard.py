@@ -462,3 +462,24 @@ def test_a_weight_sync_that_the_optimizer_does_is_said_to_be_there(size: tuple[i
         shown = text(frame(board([fake_run.started(), step]).snapshot(), *size))
         row = next(line for line in shown.splitlines() if "weight sync" in line)
         assert words in row, row
+
+
+def test_the_log_writes_steps_together_and_everything_else_behind_them_at_once(tmp_path: Path) -> None:
+    log = report.EventLog(tmp_path / "e.jsonl")
+
+    def names() -> list[str]:
+        return [json.loads(line)["event"] for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+
+    log.write(fake_run.started())
+    log.write(fake_run.step(1))
+    log.write(fake_run.step(2))
+    assert names() == ["RunStarted"]
+    log.write(ev.Notice("info", "x"))
+    assert names() == ["RunStarted", "StepDone", "StepDone", "Notice"]
+    log.write(fake_run.step(3))
+    log.close()
+    assert names()[-1] == "StepDone"
+    slow = report.EventLog(tmp_path / "slow.jsonl")
+    slow.EVERY_S = 0.0  # steps that take longer than that are written one by one
+    slow.write(fake_run.step(1))
+    assert (tmp_path / "slow.jsonl").read_text().count("\n") == 1
