@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from fake_ane import FakeAne, library
@@ -36,12 +37,16 @@ def attempt(path: str, missing: str, changed: str) -> tuple[str, str, list[dict]
 def in_child(path: str, missing: str, changed: str) -> object:
     read, write = os.pipe()
     if os.fork() == 0:
-        os.write(write, json.dumps(attempt(path, missing, changed)).encode())
+        try:
+            answer: tuple = attempt(path, missing, changed)
+        except BaseException:
+            answer = ("failed", traceback.format_exc(), [])
+        os.write(write, json.dumps(answer).encode())
         os._exit(0)
     os.close(write)
-    os.wait()
+    _, status = os.wait()
     with os.fdopen(read) as answer:
-        return json.loads(answer.read() or '["crash", "", []]')
+        return json.loads(answer.read() or f'["crash", "wait status {status}", []]')
 
 
 def main(path: str) -> None:

@@ -181,6 +181,8 @@ class FakeAne:
         self.compiler = Compiler(self.ffi, PROFILES[profile], CpuBackend(native.Pool(threads), precision=precision))
         self._hook = self.ffi.callback("void(fake_job *)", self.compiler)
         self._forgiven: list[str] = []
+        for left in self.staged():  # by a process that was killed and had this one's number
+            shutil.rmtree(self.temporary_directory() / left)
 
     def install(self, missing: str = "", changed: str = "") -> None:
         """Register the classes; the first call of a process decides what is missing and what has another type."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_ane import PROFILES, library
+from fake_ane import PROFILES, build, library
 from shim_run import Engine
 
 from anert.errors import EngineError, NativeError
@@ -165,6 +165,15 @@ def test_what_is_left_is_noticed(fake_ane):
         fake.check()
     fake.forgive("that was handed in is still retained")
     del surface, program
+
+
+def test_what_a_killed_process_left_is_cleared(fake_ane):
+    """One that had this one's number, which the names of staging directories begin with."""
+    ffi, lib = library(build()[1])
+    left = Path(ffi.string(lib.fake_temporary_directory()).decode()) / f"{os.getpid():08X}LEFT"
+    (left / "weights").mkdir(parents=True)
+    assert fake_ane().staged() == []
+    assert not left.exists()
 
 
 # ---- What the engine does with programs ----
