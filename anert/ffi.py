@@ -39,7 +39,7 @@ _ERRORS: dict[int, type[AnertError]] = {
     -7: BackendUnavailable,
 }
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon", "amx", "blas")
-"""Names of the instruction sets; the index is anert.h's number. `blas` is the CPU's best with a BLAS for large products."""
+"""Names of the instruction sets; the index is anert.h's number. `blas`: the CPU's best, with a BLAS for large GEMMs."""
 ACCELERATE = "/System/Library/Frameworks/Accelerate.framework/Accelerate"
 """macOS' BLAS, which computes on the processor's matrix unit."""
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blas_library import open_library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from blas_library import open_library
 from native_build import compile_native
 
 from anert import ffi

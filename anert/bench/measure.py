@@ -202,7 +202,8 @@ def fingerprint(threads: int = 0, isa: str = "") -> dict[str, Any]:
     except OSError:
         governor = "unknown"
     return {
-        "cpu": cpu, "isa": isa, "blas": open_blas() if isa == "blas" else "", "threads": threads, "processors": os.cpu_count(), "governor": governor,
+        "cpu": cpu, "isa": isa, "blas": open_blas() if isa == "blas" else "", "threads": threads,
+        "processors": os.cpu_count(), "governor": governor,
         "system": platform.platform(), "python": platform.python_version(), "numpy": np.__version__,
         "anert": __version__, "load": round(os.getloadavg()[0], 2),
     }  # fmt: skip
