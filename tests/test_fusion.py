@@ -4,6 +4,7 @@ two."""
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from anert.mil.graph import Function, Value
 from anert.mil.ops.table import lookup
 
 CHANNELS = (1, 3, 8, 32, 48, 70)
-POSITIONS = (1, 5, 32, 33, 64, 130)
+POSITIONS = (1, 5, 32, 33, 64, 100, 130)
 UNARY = (
     ops.tanh, ops.sigmoid, nn.silu, nn.gelu, ops.relu, ops.erf, ops.abs, lambda x: x * 0.5 + 0.25,
     lambda x: ops.exp(ops.minimum(x, 1.0)), lambda x: ops.sqrt(ops.square(x) + 1.0), lambda x: ops.clip(x, -1.5, 1.5),
@@ -126,8 +127,8 @@ class Graph:
     SUMMED = (reduction, softmax, norm, attention)
 
     def grow(self, layers: int, kinds: tuple[Any, ...]) -> Function:
-        for _ in range(layers):
-            layer = self.draw(st.sampled_from(kinds))
+        for i in range(layers):
+            layer = kinds[-1] if i == 0 and self.draw(st.booleans()) else self.draw(st.sampled_from(kinds))
             self.values.append(layer(self, self.pick()))
         made = [v for v in self.values if v.op is not None]
         more = self.draw(st.lists(st.sampled_from(made), max_size=2, unique=True))
@@ -150,6 +151,7 @@ class Compared:
             for threads in (1, 2)
         }
         self.steps = {True: 0, False: 0}
+        self.patterns: Counter[str] = Counter()
 
     def run(self, function: Function, arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], ...]:
         """(outputs fused, outputs not fused), after a look at whether two threads have the bits of one."""
@@ -157,6 +159,7 @@ class Compared:
         for (fuse, threads), backend in self.backends.items():
             program = backend.compile_function(function)
             self.steps[fuse] += program.stats.steps
+            self.patterns.update(program.stats.patterns if fuse else {})
             found[fuse, threads] = run_program(backend, program, arrays)
         for fuse in (True, False):
             for name, one in found[fuse, 1].items():
@@ -219,6 +222,7 @@ def test_sums_differ_by_their_order_alone(precision: str) -> None:
 
     check()
     compared.close()
+    assert compared.patterns["attention"] >= EXAMPLES // 4
 
 
 @pytest.mark.parametrize("positions", [1, 33, 65, 2049])
