@@ -1,12 +1,12 @@
 """The door to C: what loads, how a status becomes an exception, how many threads are granted; and the build itself."""
 
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+from cffi import FFI
 from native_build import NATIVE, compiler
 
 import build_ffi
@@ -14,8 +14,6 @@ from anert import errors
 from anert import ffi as native
 
 ROOT = NATIVE.parent
-INTERFACE = (1, "")
-"""ABI, and a digest of what the headers of that number declare."""
 
 
 def python(program, **environment):
@@ -67,35 +65,32 @@ except errors.BackendUnavailable as error:
     assert "\n" not in message
 
 
-@pytest.fixture(params=["no number", "another number"])
-def other_core(tmp_path, request):
-    """An extension that loads well and is of another version: one older than the number, and one that has another."""
-    from cffi import FFI
-
-    builder, number = FFI(), "enum { ANERT_ABI = 0 };" if request.param == "another number" else ""
-    builder.cdef(number + "int anert_pool_threads(void);")
-    builder.set_source("_native", number + "static int anert_pool_threads(void) { return 1; }")
-    return builder.compile(str(tmp_path))
-
-
-def test_a_core_of_another_version_is_said_so(other_core):
+@pytest.mark.parametrize("declared", ["", "enum { ANERT_INTERFACE = 7 };"], ids=["older", "another"])
+def test_a_core_of_another_version_is_said_so(tmp_path, declared):
+    """It loads well, and lacks what this anert would call."""
+    builder = FFI()
+    builder.cdef(declared + "int anert_pool_threads(void);")
+    builder.set_source("_native", declared + "static int anert_pool_threads(void) { return 1; }")
+    core = builder.compile(str(tmp_path))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ANERT_NATIVE": core}
     command = [sys.executable, "-m", "anert", "bench", "dispatch"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "ANERT_NATIVE": other_core}
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 3, done.stderr
-    assert done.stderr.startswith(f"anert: the native core {other_core} (ANERT_NATIVE) does not load (it is of another")
+    assert f"the native core {core} (ANERT_NATIVE) does not load (it was built for another version" in done.stderr
     assert done.stderr.count("\n") == 1 and "python build_ffi.py" in done.stderr
 
 
-def test_the_interface_has_a_number():
-    """Headers that change what Python and C agree on take a new number, so that an older build is known as such."""
-    declared = "\n".join(build_ffi.cdef(NATIVE / name) for name in ("anert.h", "ane.h"))
-    digest = hashlib.sha256(declared.encode()).hexdigest()[:16]
-    assert native.load().lib.ANERT_ABI == native.ABI
-    assert (native.ABI, digest) == INTERFACE, (
-        "native/anert.h or ane.h has changed: raise ANERT_ABI in native/status.h and ABI in anert/ffi.py by one, "
-        f"run build_ffi.py, and note here what this test found, ({native.ABI + 1}, digest)"
-    )
+def test_both_sides_number_the_headers_alike():
+    for header in ("anert.h", "ane.h"):
+        assert native._interface(header) == build_ffi.interface(NATIVE / header)
+    assert build_ffi.interface() == native.load().lib.ANERT_INTERFACE
+
+
+def test_an_installation_has_no_headers(tmp_path):
+    """The number of its core is then what it is."""
+    shutil.copytree(ROOT / "anert", tmp_path / "anert", ignore=shutil.ignore_patterns("__pycache__"))
+    program = "from anert import ffi; print(ffi._interface('anert.h'), ffi.Pool(1).threads)"
+    assert python(program, PYTHONPATH=str(tmp_path)) == "None 1"
 
 
 def test_absent_extension(tmp_path):
