@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -91,11 +90,8 @@ def test_running_while_a_port_is_locked(kind: type) -> None:
 
 def test_locks_are_refused_not_waited_for() -> None:
     surface = Surface(Heap(), 64)
-    with surface.lock():
-        start = time.perf_counter()
-        with pytest.raises(StateError), surface.lock(read_only=True):
-            pass
-        assert time.perf_counter() - start < 1
+    with surface.lock(), pytest.raises(StateError), surface.lock(read_only=True):  # waiting would be for ever
+        pass
     with surface.lock(read_only=True), pytest.raises(StateError), surface.lock():
         pass
 
