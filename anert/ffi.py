@@ -38,16 +38,30 @@ _ERRORS: dict[int, type[AnertError]] = {
     -6: EngineError,
     -7: BackendUnavailable,
 }
+HEADERS = Path(__file__).resolve().parents[1] / "native"
 ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon", "amx", "blas")
 """Names of the instruction sets; the index is anert.h's number. `blas`: the CPU's best, with a BLAS for large GEMMs."""
 ACCELERATE = "/System/Library/Frameworks/Accelerate.framework/Accelerate"
 """macOS' BLAS, which computes on the processor's matrix unit."""
 
 
-def _module(name: str, variable: str, absent: str) -> ModuleType:
+def _interface(header: str) -> int | None:
+    """The number that build_ffi gives to a build of this header; None where the headers do not lie beside the package,
+    in an installation, whose parts came together."""
+    try:
+        both = b"".join((HEADERS / name).read_bytes() for name in (header, "status.h"))
+    except OSError:
+        return None
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(both).digest()[:4], "little") >> 1
+
+
+def _module(name: str, variable: str, header: str, absent: str) -> ModuleType:
     """The installed extension `name`, or the shared object that the environment variable names.
 
-    Raises BackendUnavailable, saying what `absent` says, if it is not there or does not load.
+    Raises BackendUnavailable, saying what `absent` says, if it is not there, does not load, or was built of another
+    `header` than this anert calls.
     """
     path = os.environ.get(variable, "")
     try:
@@ -62,6 +76,9 @@ def _module(name: str, variable: str, absent: str) -> ModuleType:
             raise ImportError(f"no extension module in {path or Path(__file__).parent}")
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
+        built = getattr(module.lib, "ANERT_INTERFACE", None)
+        if built is None or built != (_interface(header) or built):
+            raise ImportError("it was built for another version of anert")
         sys.modules[name] = module
         return module
     except ImportError as error:
@@ -76,7 +93,7 @@ def load() -> ModuleType:
     Raises BackendUnavailable if it is not there or does not load.
     """
     absent = "the native core {where} does not load ({error}): build it with `python build_ffi.py` in a checkout, "
-    return _module("anert._native", "ANERT_NATIVE", absent + "or `pip install .`")
+    return _module("anert._native", "ANERT_NATIVE", "anert.h", absent + "or `pip install .`")
 
 
 @functools.cache
@@ -88,7 +105,9 @@ def load_ane() -> ModuleType:
     not load.
     """
     absent = "the Neural Engine's shim {where} does not load ({error}): it is part of anert on macOS alone; use "
-    return _module("anert._ane", "ANERT_ANE", absent + "--backend cpu here, or build it with `python build_ffi.py`")
+    return _module(
+        "anert._ane", "ANERT_ANE", "ane.h", absent + "--backend cpu here, or build it with `python build_ffi.py`"
+    )
 
 
 def __getattr__(name: str) -> Any:
