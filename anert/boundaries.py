@@ -11,9 +11,9 @@ Nothing here was measured by anert on a Neural Engine.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from anert.backend.base import written_flops
 from anert.blocks import BlockKernels, build_blocks
@@ -24,6 +24,8 @@ from anert.mil.text import parse
 from anert.model import Decoder
 from anert.runtime import Runtime
 from anert.stages import Boundaries
+
+Built = TypeVar("Built")
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,14 +321,21 @@ def settle(runtime: Runtime, model: Decoder, seq_len: int, batch: int, resumed: 
     return text
 
 
-def fall_back(runtime: Runtime, error: EngineRefused) -> str:
-    """After the engine has refused kernels of boundaries that were chosen on paper: take those that every backend has,
-    and say so. Raises the error where they were asked for, or are those."""
+def accepted(runtime: Runtime, build: Callable[[], Built]) -> tuple[Built, str]:
+    """What `build` compiles on the runtime. Where the engine refuses kernels of boundaries that were chosen on paper, it
+    is built again with those that every backend has, and a sentence says so; those that were asked for are not changed.
+
+    Raises EngineRefused.
+    """
     chosen = runtime.boundaries
-    if runtime.fusion != "auto" or chosen.portable:
-        raise error
-    runtime.boundaries = Boundaries(chosen.layout)
-    return f"kernel boundaries: the engine refuses {chosen.label} ({error}): {runtime.boundaries.label} instead"
+    try:
+        return build(), ""
+    except EngineRefused as error:
+        if runtime.fusion != "auto" or chosen.portable:
+            raise
+        runtime.boundaries = Boundaries(chosen.layout)
+        text = f"kernel boundaries: the engine refuses {chosen.label} ({error}): {runtime.boundaries.label} instead"
+    return build(), text
 
 
 def to_state(bounds: Boundaries) -> dict[str, Any]:

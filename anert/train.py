@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from anert.errors import AnertError, EngineError, EngineRefused, InputError, NonFiniteError
+from anert.errors import AnertError, EngineError, InputError, NonFiniteError
 from anert.events import Event, Notice, Progress, RunDone, RunStarted, Sampled, Saved, StepDone, Validated
 from anert.health import Health
 from anert.waiting import waited
@@ -133,15 +133,14 @@ class Trainer:
         from anert.ffi import threads_granted
         from anert.inputs import estimate_run, open_inputs
         from anert.param import ParamStore
-        from anert.runtime import Runtime
+        from anert.runtime import open_runtime
         from anert.saver import Saver
 
         o = self.options
         self.world = world()
         self.batch, self.accum = portion(o.batch, o.grad_accum, self.world.size)
         threads = o.threads or (max(1, threads_granted() // self.world.local_size) if self.world.size > 1 else 0)
-        self.rt = Runtime(o.backend, o.precision, o.layout, threads, o.compile_budget, strategy=o.strategy,
-                          fusion=o.fusion)  # fmt: skip
+        self.rt = open_runtime(dataclasses.replace(o, threads=threads))
         if self.rt.baked and self.world.size > 1:
             raise InputError("--strategy baked trains as one process: leave out mpiexec")
         self.world.require_equal("options", repr((self.plugin.name, self.config, o, self.rt.precision)))
@@ -151,10 +150,9 @@ class Trainer:
         self.out, self.data, self.config = inputs.out, inputs.data, inputs.data.config
         self.model = self.preset.model(self.config)
         specs = self.model.specs()
-        chosen = settle(self.rt, self.model, self.config.seq_len, self.batch, inputs.resumed)
-        self.world.require_equal("kernel boundaries", repr(self.rt.boundaries))
-        if chosen:
+        if chosen := settle(self.rt, self.model, self.config.seq_len, self.batch, inputs.resumed):
             yield Notice("info", chosen)
+        self.world.require_equal("kernel boundaries", repr(self.rt.boundaries))
         self.memory = estimate_run(self.rt, self.model, specs, o, self.out)
         self.store = ParamStore(self.rt.heap, self.rt.pool, specs, train=True)
         assert self.store.grads is not None
@@ -177,25 +175,20 @@ class Trainer:
             self.store.load(tensors, progress)
 
     def _networks(self) -> Iterator[Event]:
-        from anert.boundaries import fall_back
+        from anert.boundaries import accepted
         from anert.decode import Session, Windowed, open_session
         from anert.network import Network
 
-        cfg = self.config
-
         def build(progress: Callable[[float, float], None]) -> tuple[Network, Session | Windowed]:
             ready = self.gradient_sum.ready if self.gradient_sum else None
-            args = (self.rt, self.model, self.store, cfg.seq_len, self.batch, True, progress, ready)
-            try:
-                train = Network(*args)
-            except EngineRefused as error:
-                refused.append(fall_back(self.rt, error))
-                train = Network(*args)
+            args = (self.model, self.store, self.config.seq_len, self.batch, True, progress, ready)
+            train, text = accepted(self.rt, partial(Network, self.rt, *args))
+            refused.append(text)
             return train, open_session(self.rt, self.model, self.store, SAMPLE_WIDTHS, on_compile=progress)
 
         refused: list[str] = []
         self.net, self.sampler = yield from waited("compile kernels", "kernels", build)
-        yield from (Notice("warning", text) for text in refused)
+        yield from (Notice("warning", text) for text in refused if text)
 
     def _optimizer_kind(self) -> Any:
         from anert.optim import OPTIMIZERS
