@@ -322,7 +322,7 @@ def settle(runtime: Runtime, model: Decoder, seq_len: int, batch: int, resumed: 
 
 
 def accepted(runtime: Runtime, build: Callable[[], Built]) -> tuple[Built, str]:
-    """What `build` compiles on the runtime. Where the engine refuses kernels of boundaries that were chosen on paper, it
+    """What `build` compiles on the runtime. Where the engine refuses kernels of boundaries chosen on paper, it
     is built again with those that every backend has, and a sentence says so; those that were asked for are not changed.
 
     Raises EngineRefused.
