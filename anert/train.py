@@ -26,6 +26,9 @@ SAMPLE_WIDTHS = (1, 32)
 RETRY_S = 30.0
 """Seconds until a save that the disk refused is tried again."""
 
+WAITED_MS = 1000.0
+"""Training that waited longer for a save says so, once."""
+
 LAST_TRIES = 3
 """Tries of a run's last save, a second apart."""
 
@@ -85,6 +88,8 @@ class TrainOptions:
     precision: str = "auto"
     """`fp32`, `bf16`, `fp16`; auto: bf16 where the CPU multiplies it natively, else fp32."""
     layout: str = "auto"
+    fusion: str = "auto"
+    """`blocks` (each its programs), a number of layers in one, or auto: on the ANE by predicted time, else `blocks`."""
     threads: int = 0
     """0: ANERT_NUM_THREADS, else what the cgroup and affinity grant."""
     compile_budget: int = 0
@@ -100,13 +105,8 @@ class Trainer:
     def __init__(
         self, plugin: Plugin, preset: str, config: Any, options: TrainOptions, stop: Callable[[], bool]
     ) -> None:
-        self.plugin, self.preset, self.config, self.options, self.stop = (
-            plugin,
-            plugin.preset(preset),
-            config,
-            options,
-            stop,
-        )
+        self.plugin, self.preset = plugin, plugin.preset(preset)
+        self.config, self.options, self.stop = config, options, stop
         self.step = self.skipped = self.rolled_back = 0
         self.val_first = self.val_loss = self.best_val = self.train_loss = math.nan
         self.saved_step, self.saved_path, self.due_step = -1, "", -1
@@ -116,7 +116,7 @@ class Trainer:
         self.health = Health(options.patience, options.spike)
         self.why = self.where = self.sick = ""
         """Of the last unusable step: what was wrong and where; and what is wrong with weights that were not saved."""
-        self.ended = False
+        self.ended = self.waited = False
         self.moved = True
         """A step was usable since the run began or went back."""
         self.trained_s = 0.0
@@ -128,18 +128,19 @@ class Trainer:
     # ---- preparation
 
     def prepare(self) -> Iterator[Event]:
+        from anert.boundaries import settle
         from anert.dist import portion, world
         from anert.ffi import threads_granted
         from anert.inputs import estimate_run, open_inputs
         from anert.param import ParamStore
-        from anert.runtime import Runtime
+        from anert.runtime import open_runtime
         from anert.saver import Saver
 
         o = self.options
         self.world = world()
         self.batch, self.accum = portion(o.batch, o.grad_accum, self.world.size)
         threads = o.threads or (max(1, threads_granted() // self.world.local_size) if self.world.size > 1 else 0)
-        self.rt = Runtime(o.backend, o.precision, o.layout, threads, o.compile_budget, strategy=o.strategy)
+        self.rt = open_runtime(dataclasses.replace(o, threads=threads))
         if self.rt.baked and self.world.size > 1:
             raise InputError("--strategy baked trains as one process: leave out mpiexec")
         self.world.require_equal("options", repr((self.plugin.name, self.config, o, self.rt.precision)))
@@ -149,6 +150,9 @@ class Trainer:
         self.out, self.data, self.config = inputs.out, inputs.data, inputs.data.config
         self.model = self.preset.model(self.config)
         specs = self.model.specs()
+        if chosen := settle(self.rt, self.model, self.config.seq_len, self.batch, inputs.resumed):
+            yield Notice("info", chosen)
+        self.world.require_equal("kernel boundaries", repr(self.rt.boundaries))
         self.memory = estimate_run(self.rt, self.model, specs, o, self.out)
         self.store = ParamStore(self.rt.heap, self.rt.pool, specs, train=True)
         assert self.store.grads is not None
@@ -171,17 +175,20 @@ class Trainer:
             self.store.load(tensors, progress)
 
     def _networks(self) -> Iterator[Event]:
+        from anert.boundaries import accepted
         from anert.decode import Session, Windowed, open_session
         from anert.network import Network
 
-        cfg = self.config
-
         def build(progress: Callable[[float, float], None]) -> tuple[Network, Session | Windowed]:
             ready = self.gradient_sum.ready if self.gradient_sum else None
-            train = Network(self.rt, self.model, self.store, cfg.seq_len, self.batch, True, progress, ready)
+            args = (self.model, self.store, self.config.seq_len, self.batch, True, progress, ready)
+            train, text = accepted(self.rt, partial(Network, self.rt, *args))
+            refused.append(text)
             return train, open_session(self.rt, self.model, self.store, SAMPLE_WIDTHS, on_compile=progress)
 
+        refused: list[str] = []
         self.net, self.sampler = yield from waited("compile kernels", "kernels", build)
+        yield from (Notice("warning", text) for text in refused if text)
 
     def _optimizer_kind(self) -> Any:
         from anert.optim import OPTIMIZERS
@@ -204,9 +211,12 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything but tensors that a resumed run needs to go on bit for bit."""
+        from anert.boundaries import to_state
+
         return {
             "plugin": self.plugin.name, "preset": self.preset.name, "config": self.model.describe(),
-            "options": dataclasses.asdict(self.options), "optimizer_t": self.optimizer.t,
+            "options": dataclasses.asdict(self.options), "boundaries": to_state(self.rt.boundaries),
+            "optimizer_t": self.optimizer.t,
             "scaler": self.scale.state_dict(), "health": self.health.state_dict(), "rolled_back": self.rolled_back,
             "data": self.batches.state_dict(), "skipped": self.skipped, "trained_s": self.trained_s,
             "train_loss": self.train_loss, "val_first": self.val_first, "val_loss": self.val_loss,
@@ -265,6 +275,10 @@ class Trainer:
             if done.best:
                 self.best_on_disk = self.saving_best
             yield Saved(done.step, str(done.path), done.best, done.ms, done.stall_ms)
+            if done.stall_ms > WAITED_MS and not (self.ended or self.waited):
+                self.waited = True
+                waited = f"training waited {done.stall_ms / 1e3:.1f} s for a save of {done.ms / 1e3:.1f} s"
+                yield Notice("warning", f"{waited}: raise --save-every")
             return
         if not isinstance(done.error, AnertError):
             raise done.error or AssertionError("a save ended with neither path nor error")

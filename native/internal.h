@@ -39,6 +39,8 @@ void anert_parallel_for(anert_pool *pool, int64_t n, anert_body *body, void *arg
 void anert_pool_enter(anert_pool *pool);
 void anert_pool_leave(anert_pool *pool);
 int32_t anert_isa_best(void); /* what ANERT_ISA_AUTO means here */
+void anert_isa_add(int32_t isa);        /* supported from now on: blas.c has opened a library */
+int32_t anert_isa_own(int32_t isa);     /* the CPU's own: of BLAS, the best one; any other is itself */
 int32_t anert_isa_vectors(int32_t isa); /* what an instruction set computes vectors with: AMX and AVX512BF16 are AVX512 */
 /* Per-thread scratch that grows and stays: at least nbytes, 64-byte aligned; NULL if memory was not granted. Call it for
  * all threads before entering a parallel region. slot separates users that nest (gemm 0, tile 1, plan 2,

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-
-import regex
 
 from anert.errors import InputError
 from anert.tokenizer.base import END_OF_TEXT, Tokenizer, WordCache, replace_surrogates
@@ -71,6 +69,8 @@ class ByteBPETokenizer(Tokenizer):
     @functools.cached_property
     def hash(self) -> str:  # type: ignore[override]
         v = self.vocabulary
+        import hashlib
+
         content = [
             [t.hex() for t in v.tokens],
             v.merges,
@@ -164,6 +164,8 @@ class ByteBPETokenizer(Tokenizer):
 
     def _cut(self, text: str) -> int:
         if self._splits and self.vocabulary.splits[-1] in PATTERNS.values():
+            import regex
+
             # A letter ends its part before a space in both patterns, and no lookahead follows a letter.
             match = regex.search(r"(?r)\p{L} ", text)
             return match.start() + 1 if match else 0
@@ -183,7 +185,7 @@ def merge_table(v: Vocabulary, ids: Mapping[bytes, int]) -> Merges:
     return Merges(rank, result)
 
 
-def any_special(specials: Iterable[str]) -> regex.Pattern[str] | None:
+def any_special(specials: Iterable[str]) -> re.Pattern[str] | None:
     """Pattern of the specials, the longest first."""
     longest_first = sorted(filter(None, specials), key=len, reverse=True)
-    return regex.compile("|".join(map(regex.escape, longest_first))) if longest_first else None
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None

@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-
-import regex
+from typing import TYPE_CHECKING
 
 from anert.errors import InputError
+
+if TYPE_CHECKING:
+    import regex
 
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -40,6 +42,8 @@ begin at the same place have changed order: the frequent ones first."""
 @functools.cache
 def character_class(category: str) -> str:
     """Ranges of `re` for a class of `regex`."""
+    import regex
+
     everything = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
     runs = regex.findall(f"{category}+", everything)
     return "".join(f"\\U{ord(run[0]):08x}-\\U{ord(run[-1]):08x}" for run in runs)
@@ -71,6 +75,8 @@ def splitter(pattern: str) -> Callable[[str], list[str]]:
     """
     if pattern in PATTERNS.values():
         return findall(pattern)
+    import regex
+
     try:
         return functools.partial(split_around, regex.compile(pattern))
     except regex.error as e:
