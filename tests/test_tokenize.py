@@ -559,11 +559,12 @@ def test_tokenizer_without_an_action(capsys):
     assert cli.main(["tokenizer", "paint"]) == 2
 
 
-def test_the_benchmark_compares_equal_ids(stories, tokenizer_file, tmp_path, capsys):
+def test_the_benchmark_compares_equal_ids(stories, tokenizer_file, tmp_path, capsys, monkeypatch):
     for module in ("tiktoken", "tokenizers", "sentencepiece"):
         pytest.importorskip(module)
     (tmp_path / "t.txt").write_text(stories.read_text(encoding="utf-8")[:60_000].replace("<|endoftext|>", ""))
-    words = ["tokenizer", "bench", str(tmp_path / "t.txt"), "--rounds", "2", "--json"]
+    fast = ["--rounds", "2", "--warmup", "1", "--max-spread", "1000", "--no-wait"]
+    words = ["bench", "tokenizer", "--text", str(tmp_path / "t.txt"), *fast, "--json"]
     for more in ([], ["--tokenizer", tokenizer_file]):
         assert cli.main([*words, *more]) == 0
         rows = {r["name"]: r for r in json.loads(capsys.readouterr().out.splitlines()[-1])["results"]}
@@ -572,6 +573,12 @@ def test_the_benchmark_compares_equal_ids(stories, tokenizer_file, tmp_path, cap
             assert r["unit"] == "MB/s" and r["n"] == 2 and 0 < r["p10"] <= r["median"] <= r["p90"]
             if r["baseline"]:
                 assert r["ratio"] == pytest.approx(r["median"] / rows[r["baseline"]]["median"]) and "to" in name
-    assert cli.main(["tokenizer", "bench", str(tmp_path / "none.txt")]) == 2
+    assert cli.main(["bench", "tokenizer", "--text", str(tmp_path / "none.txt")]) == 2
+    assert cli.main(["bench", "tokenizer"]) == 2 and "--text FILE" in capsys.readouterr().err
+    assert cli.main([*words, "--tokenizer", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    with monkeypatch.context() as m:
+        m.setattr("anert.bench.tokenizer.tiktoken_of", lambda tokenizer: lambda text: tokenizer.encode(text)[1:])
+        assert cli.main(words) == 1 and "tiktoken has other ids" in capsys.readouterr().err
     (tmp_path / "t.txt").write_text(" ")
     assert cli.main(words) == 2 and "no text in it" in capsys.readouterr().err

@@ -461,6 +461,40 @@ def test_short_and_long_merging_agree(symbols, data):
     assert merges.short(symbols[:]) == merges.long(symbols[:])
 
 
+@settings(deadline=None)
+@given(st.data())
+def test_symbols_that_are_reached_are_what_merging_makes_of_their_atoms(data):
+    """Any table over "abc", in the order of a training or not: what is proven is so; of an ordered table, all that is
+    so is proven."""
+    texts, ids, merges = ["a", "b", "c"], {"a": 0, "b": 1, "c": 2}, {}
+    for _ in range(data.draw(st.integers(0, 14))):
+        pair = tuple(data.draw(st.lists(st.integers(0, len(texts) - 1), min_size=2, max_size=2)))
+        text = texts[pair[0]] + texts[pair[1]]
+        if len(text) > 9 or pair in merges:
+            continue
+        if text not in ids:
+            ids[text] = len(texts)
+            texts.append(text)
+        merges[pair] = ids[text]
+    in_order = data.draw(st.booleans())
+    pairs = list(merges) if in_order else data.draw(st.permutations(list(merges)))
+    table = Merges({p: r for r, p in enumerate(pairs)}, merges)
+    alone = [table.apply([ids[c] for c in text]) == [i] for i, text in enumerate(texts)]
+    proven = list(table.reached(range(3), len(texts)))
+    assert proven[:3] == [1, 1, 1] and all(a for a, p in zip(alone, proven, strict=True) if p)
+    made_before_use = all(not any(i in used for used in pairs[:r]) for r, p in enumerate(pairs) for i in [merges[p]])
+    if made_before_use:
+        assert proven == alone
+
+
+def test_words_that_are_tokens_are_what_merging_makes(gpt2, trained, shared_data):
+    for tokenizer in (gpt2, ByteBPETokenizer.train([read(shared_data, "andersen_da_200k")], 2000)):
+        tokens = {t: i for i, t in enumerate(tokenizer.vocabulary.tokens) if t}
+        assert tokenizer._words == {t: (i,) for t, i in tokens.items()}  # every word that training merged
+        for token, i in tokens.items():
+            assert tokenizer._merges.apply([tokenizer._byte_id(b) for b in token]) == [i]
+
+
 # ---- bad input
 
 

@@ -23,15 +23,16 @@ BATCH_CHARS = 1 << 18
 """Characters that one task of `encode_batch` gets at least."""
 
 
-class WordCache(dict[str, list[int]]):
-    """Word -> ids. Bounded: emptied when full; words over CACHE_CHARS are not kept."""
+class WordCache(dict[str, tuple[int, ...]]):
+    """Word -> ids, as tuples, which the garbage collector does not walk. Bounded: emptied when full; words over
+    CACHE_CHARS are not kept."""
 
-    def __init__(self, encode_word: Callable[[str], list[int]]) -> None:
+    def __init__(self, encode_word: Callable[[str], Sequence[int]]) -> None:
         super().__init__()
         self.encode_word = encode_word
 
-    def __missing__(self, word: str) -> list[int]:
-        ids = self.encode_word(word)
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self.encode_word(word))
         if len(word) <= CACHE_CHARS:
             if len(self) >= CACHE_WORDS:
                 self.clear()

@@ -55,12 +55,15 @@ class ByteBPETokenizer(Tokenizer):
         if missing := [b for b in self._absent if 32 <= b < 127]:
             raise InputError(f"vocabulary has no token for byte 0x{missing[0]:02X}: not a byte-level BPE")
         self._byte_id = [self._ids.get(bytes([b]), -1) for b in range(256)].__getitem__
-        self._whole_words, self._rare = v.whole_words, bool(v.whole_words or self._absent)
         self._bytes = list(v.tokens)
         for text, i in self.specials.items():
             self._bytes[i] = text.encode()
         self._merges = merge_table(v, self._ids)
         self._short = self._merges.short
+        atoms = (i for i in map(self._byte_id, range(256)) if i >= 0)
+        whole = [1] * self.vocab_size if v.whole_words else self._merges.reached(atoms, self.vocab_size)
+        self._words = {t: (i,) for t, i in self._ids.items() if whole[i]}
+        """Words that are one token, with what merging makes of them (or whole_words says)."""
         self._splits = [splitter(s) for s in v.splits]
         self._special_pattern = any_special(self.specials)
         self._cache = WordCache(self._encode_word)
@@ -150,15 +153,15 @@ class ByteBPETokenizer(Tokenizer):
             parts = split(parts[0]) if len(parts) == 1 else list(chain.from_iterable(map(split, parts)))
         return list(chain.from_iterable(map(self._cache.__getitem__, parts)))
 
-    def _encode_word(self, word: str) -> list[int]:
+    def _encode_word(self, word: str) -> Sequence[int]:
         try:
             data = word.encode()
         except UnicodeEncodeError:
             data = replace_surrogates(word).encode()
-        if self._rare:
+        if self._absent:
             data = data.translate(None, self._absent)
-            if self._whole_words and (whole := self._ids.get(data)) is not None:
-                return [whole]
+        if (whole := self._words.get(data)) is not None:
+            return whole
         symbols = list(map(self._byte_id, data))
         return self._short(symbols) if len(symbols) <= SHORT else self._merges.long(symbols)
 
