@@ -63,6 +63,19 @@ def cdef(header: Path = NATIVE / "anert.h") -> str:
     return "\n".join(line for line in text.splitlines() if line.strip() and not line.startswith("#"))
 
 
+def interface(header: Path = NATIVE / "anert.h") -> int:
+    """The number by which anert.ffi knows that an extension was built of these headers: of their digest, 31 bits."""
+    digest = hashlib.sha256(header.read_bytes() + (header.parent / "status.h").read_bytes()).digest()
+    return int.from_bytes(digest[:4], "little") >> 1
+
+
+def declare(ffi: FFI, module: str, header: Path, **options: Any) -> None:
+    """Give cffi the declarations of a header and, as ANERT_INTERFACE, its number."""
+    number = f"enum {{ ANERT_INTERFACE = {interface(header)} }};"
+    ffi.cdef(f"{cdef(header)}\n{number}")
+    ffi.set_source(module, f'#include "{header.name}"\n{number}', **options)
+
+
 def objc_flags(include: Path) -> tuple[list[str], list[str]]:
     """Compile and link flags of Objective-C without ARC: Foundation, on macOS Apple's, elsewhere GNUstep's on gcc's
     runtime. `include` is a folder for the runtime's headers alone: beside them lie gcc's own, which clang must not
@@ -107,11 +120,11 @@ def _extension(
     build_dir: Path, module: str, header: str, sources: Iterable[str], compile_args: list[str], link_args: list[str]
 ) -> Any:
     ffi = FFI()
-    ffi.cdef(cdef(NATIVE / header))
     extra = shlex.split(os.environ.get("ANERT_CFLAGS", ""))
-    ffi.set_source(
+    declare(
+        ffi,
         module,
-        f'#include "{header}"',
+        NATIVE / header,
         sources=[os.path.relpath(NATIVE / name) for name in sources],
         include_dirs=[os.path.relpath(NATIVE)],
         depends=sorted(os.path.relpath(path) for path in NATIVE.glob("*.h")),

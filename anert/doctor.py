@@ -65,14 +65,19 @@ def examine(probe: bool | None = None, exhaust: bool = False, plugins: Sequence[
 def _native() -> Iterator[Check]:
     """The native core, its speed, and whether it computes what the reference backend does."""
     try:
-        isas = ffi.isas()
         pool = ffi.Pool()
+        isas = ffi.isas()
     except AnertError as error:
         yield Check("native", False, str(error), "build it: pip install -e . (needs a C compiler)")
         return
     features = ", ".join(isas)
     slow = "scalar is all: a CPU with AVX2 or NEON computes many times faster" if len(isas) == 1 else ""
     yield Check("native", True, f"instruction sets {features}; {pool.isa} is used", slow)
+    if pool.blas:
+        own = ffi.own_isa()
+        yield Check("blas", True, f"large products by {pool.blas}, the rest by {own}; ANERT_ISA={own} leaves it out")
+    elif sys.platform == "darwin":
+        yield Check("blas", None, f"not used: products by {pool.isa}", "unset ANERT_ISA for the matrix unit's")
     yield Check("threads", None, f"{pool.threads} granted of {os.cpu_count()} processors")
     yield from _memory()
     yield from _speed()

@@ -10,6 +10,7 @@ sanitizer or cross build); ANERT_ANE does the same for anert._ane. Importing thi
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -37,14 +38,30 @@ _ERRORS: dict[int, type[AnertError]] = {
     -6: EngineError,
     -7: BackendUnavailable,
 }
-ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon", "amx")
-"""Names of the instruction sets; the index is anert.h's number."""
+HEADERS = Path(__file__).resolve().parents[1] / "native"
+ISAS = ("scalar", "avx2", "avx512", "avx512bf16", "neon", "amx", "blas")
+"""Names of the instruction sets; the index is anert.h's number. `blas`: the CPU's best, with a BLAS for large GEMMs."""
+ACCELERATE = "/System/Library/Frameworks/Accelerate.framework/Accelerate"
+"""macOS' BLAS, which computes on the processor's matrix unit."""
 
 
-def _module(name: str, variable: str, absent: str) -> ModuleType:
+def _interface(header: str) -> int | None:
+    """The number that build_ffi gives to a build of this header; None where the headers do not lie beside the package,
+    in an installation, whose parts came together."""
+    try:
+        both = b"".join((HEADERS / name).read_bytes() for name in (header, "status.h"))
+    except OSError:
+        return None
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(both).digest()[:4], "little") >> 1
+
+
+def _module(name: str, variable: str, header: str, absent: str) -> ModuleType:
     """The installed extension `name`, or the shared object that the environment variable names.
 
-    Raises BackendUnavailable, saying what `absent` says, if it is not there or does not load.
+    Raises BackendUnavailable, saying what `absent` says, if it is not there, does not load, or was built of another
+    `header` than this anert calls.
     """
     path = os.environ.get(variable, "")
     try:
@@ -59,6 +76,9 @@ def _module(name: str, variable: str, absent: str) -> ModuleType:
             raise ImportError(f"no extension module in {path or Path(__file__).parent}")
         module = module_from_spec(spec)
         spec.loader.exec_module(module)
+        built = getattr(module.lib, "ANERT_INTERFACE", None)
+        if built is None or built != (_interface(header) or built):
+            raise ImportError("it was built for another version of anert")
         sys.modules[name] = module
         return module
     except ImportError as error:
@@ -73,7 +93,7 @@ def load() -> ModuleType:
     Raises BackendUnavailable if it is not there or does not load.
     """
     absent = "the native core {where} does not load ({error}): build it with `python build_ffi.py` in a checkout, "
-    return _module("anert._native", "ANERT_NATIVE", absent + "or `pip install .`")
+    return _module("anert._native", "ANERT_NATIVE", "anert.h", absent + "or `pip install .`")
 
 
 @functools.cache
@@ -85,7 +105,9 @@ def load_ane() -> ModuleType:
     not load.
     """
     absent = "the Neural Engine's shim {where} does not load ({error}): it is part of anert on macOS alone; use "
-    return _module("anert._ane", "ANERT_ANE", absent + "--backend cpu here, or build it with `python build_ffi.py`")
+    return _module(
+        "anert._ane", "ANERT_ANE", "ane.h", absent + "--backend cpu here, or build it with `python build_ffi.py`"
+    )
 
 
 def __getattr__(name: str) -> Any:
@@ -168,20 +190,57 @@ def threads_granted() -> int:
     return max(1, cpus if quota == math.inf else min(cpus, math.ceil(quota)))
 
 
+def open_blas(path: str = "") -> str:
+    """Open the BLAS that instruction set `blas` multiplies with, and return its path: ANERT_BLAS unless given, else
+    the one that is open, on macOS else Accelerate. It stays for the process.
+
+    Raises BackendUnavailable where none is named, or it does not open or has no cblas_sgemm of 32-bit integers;
+    StateError if another one is open.
+    """
+    path = path or os.environ.get("ANERT_BLAS") or _blas_path() or (ACCELERATE if sys.platform == "darwin" else "")
+    if not path:
+        raise BackendUnavailable(
+            "instruction set 'blas' multiplies with a BLAS library: name one, as ANERT_BLAS=/usr/lib/libopenblas.so.0"
+        )
+    native = load()
+    call(native.lib.anert_blas_open, native.ffi.new("char[]", os.fsencode(path)))
+    return path
+
+
+def _blas_path() -> str:
+    """Of the BLAS that is open; empty if none is."""
+    native = load()
+    path = native.lib.anert_blas_path()
+    return os.fsdecode(native.ffi.string(path)) if path else ""
+
+
+def _chosen(isa: str) -> tuple[str, str]:
+    """(instruction set, path of its BLAS) of a pool that asks for `isa`; `auto` is the CPU's own best."""
+    isa = os.environ.get("ANERT_ISA") or "auto" if isa == "auto" else isa
+    if isa != "auto" and isa not in ISAS:
+        raise InputError(f"no instruction set is called {isa!r}: auto, {', '.join(ISAS)}")
+    if isa == "blas" or (isa == "auto" and os.environ.get("ANERT_BLAS")):
+        return "blas", open_blas()
+    if isa == "auto" and sys.platform == "darwin":
+        with contextlib.suppress(BackendUnavailable):  # a system without it: NEON
+            return "blas", open_blas()
+    return isa, ""
+
+
 class Pool:
     """The threads and the instruction set that native calls compute with; freed with its last reference.
 
     threads: counts the caller; 0 takes `threads_granted()`. isa: a name of ISAS, or `auto`: the one that ANERT_ISA
-    names, else the best of this CPU.
-    A forked child computes on its calling thread alone. Raises InputError or UnsupportedError for what it cannot be.
+    names, else `blas` where ANERT_BLAS names a library and on macOS, else the best of this CPU. blas: the path of its
+    library, or empty.
+    A forked child computes on its calling thread alone. Raises InputError or UnsupportedError for what it cannot be,
+    BackendUnavailable for a BLAS that does not open.
     """
 
-    __slots__ = ("isa", "ptr", "threads")
+    __slots__ = ("blas", "isa", "ptr", "threads")
 
     def __init__(self, threads: int = 0, isa: str = "auto") -> None:
-        isa = os.environ.get("ANERT_ISA") or "auto" if isa == "auto" else isa
-        if isa != "auto" and isa not in ISAS:
-            raise InputError(f"no instruction set is called {isa!r}: auto, {', '.join(ISAS)}")
+        isa, self.blas = _chosen(isa)
         native = load()
         out = native.ffi.new("anert_pool **")
         number = ISAS.index(isa) if isa != "auto" else native.lib.ANERT_ISA_AUTO
@@ -194,7 +253,13 @@ class Pool:
         return f"Pool(threads={self.threads}, isa={self.isa!r})"
 
 
+def own_isa() -> str:
+    """The best instruction set of this CPU, BLAS apart."""
+    native = load()
+    return ISAS[native.lib.anert_pool_isa(native.ffi.NULL)]
+
+
 def isas() -> tuple[str, ...]:
-    """The instruction sets that this build and CPU have, `scalar` first."""
+    """The instruction sets that this build and CPU have, `scalar` first; `blas` once one is open."""
     supported = load().lib.anert_isa_supported
     return tuple(name for number, name in enumerate(ISAS) if supported(number))

@@ -102,7 +102,8 @@ class Runtime:
             else f" (auto: {self.pool.isa} multiplies bf16 {'' if self.precision == 'bf16' else 'not '}natively)"
         )
         part = " on the host, fp16 on the engine" if self.backend.name == "ane" else ""
-        return f"{where}; precision {self.precision}{why}{part}; {self.pool.threads} threads, {self.pool.isa}"
+        isa = f"{self.pool.isa} ({self.pool.blas})" if self.pool.blas else self.pool.isa
+        return f"{where}; precision {self.precision}{why}{part}; {self.pool.threads} threads, {isa}"
 
     def check_memory(self, nbytes: int, what: str) -> None:
         """Raise DoesNotFit if `nbytes` more do not fit into what the machine grants now."""

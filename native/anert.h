@@ -19,10 +19,15 @@ enum {
     ANERT_ISA_AVX512 = 2,     /* AVX-512 F, BW, VL, DQ */
     ANERT_ISA_AVX512BF16 = 3, /* the same + vdpbf16ps */
     ANERT_ISA_NEON = 4,       /* aarch64 base */
-    ANERT_ISA_AMX = 5         /* AVX512BF16 + AMX tiles of bf16, for GEMMs of that precision */
+    ANERT_ISA_AMX = 5,        /* AVX512BF16 + AMX tiles of bf16, for GEMMs of that precision */
+    ANERT_ISA_BLAS = 6        /* the CPU's best, with a BLAS for large GEMMs: supported once one is open, never AUTO */
 };
 int32_t anert_isa_supported(int32_t isa); /* 1 if this build and this CPU have it */
 const char *anert_isa_name(int32_t isa);  /* "avx2"; NULL for an unknown number */
+/* Opens the library that ANERT_ISA_BLAS multiplies with, by its cblas_sgemm; it stays for the process. EUNAVAILABLE if it does
+ * not open or multiply, ESTATE if another one is open. */
+anert_status anert_blas_open(const char *path, anert_error *err);
+const char *anert_blas_path(void); /* of the library that is open; NULL: none is */
 
 /* ---- Pool: the threads and the instruction set that everything below computes with ----
  * n_threads counts the caller. Workers take tiles from an atomic counter, spin briefly, then sleep. One call at a time
@@ -72,7 +77,8 @@ anert_status anert_f16_to_f32_2d(anert_pool *pool, const uint16_t *src, size_t s
 /* ---- GEMM: C = beta * C + alpha * A B, A (m, k), B (k, n), batched, any strides (elements), fp32 accumulation ----
  * precision: F32, or BF16 (operands rounded to bf16 to nearest even, products and sums in fp32). Operands and C may be
  * F32, F16 or BF16. beta is 0 (C is not read) or 1. bias: NULL, or per row of C (bias_stride rows) fp32. Bits depend on
- * the instruction set, precision and the logical k alone: never on strides, dtype of equal values, or threads. */
+ * the instruction set, precision and the logical k alone: never on strides, dtype of equal values, or threads. With BLAS also
+ * on whether m and n both reach 32: below, the CPU's own best instruction set computes. */
 typedef struct {
     void *data;
     int32_t dtype;

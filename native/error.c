@@ -111,16 +111,19 @@ static uint32_t detect_isas(void) { return 1u << ANERT_ISA_SCALAR | 1u << ANERT_
 static uint32_t detect_isas(void) { return 1u << ANERT_ISA_SCALAR; }
 #endif
 
+static _Atomic uint32_t known, added;
+
 /* CPUID traps in virtual machines, so the answer, which cannot change, is kept. */
 static uint32_t isas(void) {
-    static _Atomic uint32_t known;
     uint32_t found = atomic_load_explicit(&known, memory_order_relaxed);
     if (found == 0) {
         found = detect_isas();
         atomic_store_explicit(&known, found, memory_order_relaxed);
     }
-    return found;
+    return found | atomic_load(&added);
 }
+
+void anert_isa_add(int32_t isa) { atomic_fetch_or(&added, 1u << isa); }
 
 int32_t anert_isa_supported(int32_t isa) {
     if (isa == ANERT_ISA_AUTO)
@@ -137,11 +140,15 @@ const char *anert_isa_name(int32_t isa) {
     case ANERT_ISA_AVX512BF16: return "avx512bf16";
     case ANERT_ISA_NEON: return "neon";
     case ANERT_ISA_AMX: return "amx";
+    case ANERT_ISA_BLAS: return "blas";
     default: return NULL;
     }
 }
 
+int32_t anert_isa_own(int32_t isa) { return isa == ANERT_ISA_BLAS ? anert_isa_best() : isa; }
+
 int32_t anert_isa_vectors(int32_t isa) {
+    isa = anert_isa_own(isa);
     return isa == ANERT_ISA_AMX || isa == ANERT_ISA_AVX512BF16 ? ANERT_ISA_AVX512 : isa;
 }
 

@@ -1,7 +1,7 @@
 /* fp16.c: conversions between fp32 and fp16 over rows, matrices and transposed matrices, one owner per chunk or block. */
 #include "internal.h"
 
-enum { STREAMED = 1 << 20, CHUNK = 1 << 16, BLOCK = 64, CLAMP_ROW = 1024 };
+enum { STREAMED = 1 << 20, CHUNK = 1 << 16, BLOCK = 64, TILE = 512, PITCH = TILE + 32, BAND = 4096, LINE = 64, CLAMP_ROW = 1024 };
 
 void anert_fp16_down(const float *src, uint16_t *dst, size_t n) {
     for (size_t i = 0; i < n; i++)
@@ -33,11 +33,11 @@ void anert_fp16_turn_block(const uint16_t *src, size_t ss, uint16_t *dst, size_t
 
 static size_t count_past(const float *src, size_t n) { return anert_count_past(src, n); }
 
-static void stream(const uint16_t *src, uint16_t *dst, size_t n) { memcpy(dst, src, n * sizeof *dst); }
+static void copy(const uint16_t *src, uint16_t *dst, size_t n) { memcpy(dst, src, n * sizeof *dst); }
 static void fence(void) {}
 
 static const anert_fp16_kernels scalar = {anert_fp16_down,     anert_fp16_up,         anert_fp16_down_block,
-                                          anert_fp16_up_block, anert_fp16_turn_block, count_past, stream, anert_fp16_up, fence};
+                                          anert_fp16_up_block, anert_fp16_turn_block, count_past, copy, anert_fp16_down, anert_fp16_up, fence};
 
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa) {
     switch (anert_isa_vectors(isa)) {
@@ -56,7 +56,8 @@ static void clamp_copy(const float *src, float *dst, size_t n) {
         dst[i] = src[i] > 65504.0f ? 65504.0f : src[i] < -65504.0f ? -65504.0f : src[i];
 }
 
-size_t anert_fp16_clamp_row(const anert_fp16_kernels *kernels, const float *src, uint16_t *dst, size_t n) {
+size_t anert_fp16_clamp_row(const anert_fp16_kernels *kernels, const float *src, uint16_t *dst, size_t n, bool stream) {
+    void (*down)(const float *, uint16_t *, size_t) = stream ? kernels->stream_down : kernels->f32_to_f16;
     float clamped[CLAMP_ROW];
     size_t total = 0;
     for (size_t i = 0; i < n; i += CLAMP_ROW) {
@@ -64,13 +65,13 @@ size_t anert_fp16_clamp_row(const anert_fp16_kernels *kernels, const float *src,
         size_t past = kernels->count_past(src + i, part);
         if (past > 0)
             clamp_copy(src + i, clamped, part);
-        kernels->f32_to_f16(past > 0 ? clamped : src + i, dst + i, part);
+        down(past > 0 ? clamped : src + i, dst + i, part);
         total += past;
     }
     return total;
 }
 
-/* A conversion cut into pieces: rows of at most CHUNK elements, or BLOCK by BLOCK blocks to transpose. */
+/* A conversion cut into pieces: rows of at most CHUNK elements, or BLOCK by BAND bands to transpose. */
 typedef struct {
     const anert_fp16_kernels *kernels;
     const void *src;
@@ -86,48 +87,66 @@ static void convert_chunk(void *arg, int64_t index, int32_t thread) {
     size_t row = (size_t)index / job->across, col = (size_t)index % job->across * CHUNK;
     size_t n = MIN(job->cols - col, (size_t)CHUNK);
     size_t from = row * job->ss + col, to = row * job->ds + col;
+    const anert_fp16_kernels *kernels = job->kernels;
     (void)thread;
     if (!job->down)
-        job->kernels->f16_to_f32((const uint16_t *)job->src + from, (float *)job->dst + to, n);
+        (job->large ? kernels->stream_up : kernels->f16_to_f32)((const uint16_t *)job->src + from, (float *)job->dst + to, n);
     else if (!job->clamp)
-        job->kernels->f32_to_f16((const float *)job->src + from, (uint16_t *)job->dst + to, n);
+        (job->large ? kernels->stream_down : kernels->f32_to_f16)((const float *)job->src + from, (uint16_t *)job->dst + to, n);
     else
-        job->clamped += anert_fp16_clamp_row(job->kernels, (const float *)job->src + from, (uint16_t *)job->dst + to, n);
+        job->clamped += anert_fp16_clamp_row(kernels, (const float *)job->src + from, (uint16_t *)job->dst + to, n, job->large);
+    kernels->fence();
 }
 
-/* Through a contiguous copy of the block's halves, so that rows at an aliasing stride are read or written once. */
-static void convert_block(void *arg, int64_t index, int32_t thread) {
-    conversion *job = arg;
-    uint16_t halves[BLOCK * BLOCK];
-    size_t row = (size_t)index / job->across * BLOCK, col = (size_t)index % job->across * BLOCK;
-    size_t rows = MIN(job->rows - row, (size_t)BLOCK), cols = MIN(job->cols - col, (size_t)BLOCK);
-    size_t from = row * job->ss + col, to = col * job->ds + row, past = 0;
-    (void)thread;
-    if (!job->down) {
-        job->kernels->transpose((const uint16_t *)job->src + from, job->ss, halves, rows, rows, cols);
-        for (size_t c = 0; c < cols; c++)
-            (job->large ? job->kernels->stream_up : job->kernels->f16_to_f32)(halves + c * rows,
-                                                                              (float *)job->dst + to + c * job->ds, rows);
-        job->kernels->fence();
-        return;
-    }
-    size_t r = 0;
-    do {
-        const float *wide = (const float *)job->src + from + r * job->ss;
-        if (job->clamp)
-            past += anert_fp16_clamp_row(job->kernels, wide, halves + r * cols, cols);
+/* Rows of a tile as halves: long runs, and at a pitch that does not alias. Returns how many were clamped. */
+static size_t gather(const conversion *job, size_t from, size_t rows, size_t cols, uint16_t *halves) {
+    size_t past = 0;
+    for (size_t r = 0; r < rows; r++, from += job->ss, halves += PITCH)
+        if (!job->down)
+            memcpy(halves, (const uint16_t *)job->src + from, cols * sizeof *halves);
+        else if (job->clamp)
+            past += anert_fp16_clamp_row(job->kernels, (const float *)job->src + from, halves, cols, false);
         else
-            job->kernels->f32_to_f16(wide, halves + r * cols, cols);
-    } while (++r < rows);
-    if (job->large) {
-        uint16_t turned[BLOCK * BLOCK];
-        job->kernels->transpose(halves, cols, turned, rows, rows, cols);
-        for (size_t c = 0; c < cols; c++)
-            job->kernels->stream(turned + c * rows, (uint16_t *)job->dst + to + c * job->ds, rows);
-        job->kernels->fence();
-    } else {
-        job->kernels->transpose(halves, cols, (uint16_t *)job->dst + to, job->ds, rows, cols);
+            job->kernels->f32_to_f16((const float *)job->src + from, halves, cols);
+    return past;
+}
+
+/* Asks for part `step` of the next tile, of the parts that a whole tile has columns, row after row as prefetchers like
+ * it. */
+static void ask(const conversion *job, const char *next, size_t rows, size_t step) {
+    size_t size = job->down ? sizeof(float) : sizeof(uint16_t), row = step / (TILE / BLOCK);
+    if (next == NULL || row >= rows)
+        return;
+    next += (row * job->ss + step % (TILE / BLOCK) * BLOCK) * size;
+    for (size_t at = 0; at < BLOCK * size; at += LINE)
+        __builtin_prefetch(next + at);
+}
+
+static void convert_band(void *arg, int64_t index, int32_t thread) {
+    conversion *job = arg;
+    const anert_fp16_kernels *kernels = job->kernels;
+    uint16_t halves[BLOCK * PITCH], turned[BLOCK * BLOCK];
+    size_t row = (size_t)index / job->across * BLOCK, first = (size_t)index % job->across * BAND, past = 0;
+    size_t rows = MIN(job->rows - row, (size_t)BLOCK), end = MIN(job->cols, first + BAND);
+    size_t size = job->down ? sizeof(float) : sizeof(uint16_t);
+    (void)thread;
+    for (size_t col = first; col < end; col += TILE) {
+        size_t cols = MIN(end - col, (size_t)TILE), from = row * job->ss + col;
+        const char *next = col + 2 * TILE <= end ? (const char *)job->src + (from + TILE) * size : NULL;
+        past += gather(job, from, rows, cols, halves);
+        for (size_t c = 0; c < cols; c++) {
+            const uint16_t *column = turned + c % BLOCK * BLOCK;
+            size_t to = (col + c) * job->ds + row;
+            if (c % BLOCK == 0)
+                kernels->transpose(halves + c, PITCH, turned, BLOCK, rows, MIN(cols - c, (size_t)BLOCK));
+            ask(job, next, rows, c);
+            if (job->down)
+                (job->large ? kernels->stream : copy)(column, (uint16_t *)job->dst + to, rows);
+            else
+                (job->large ? kernels->stream_up : kernels->f16_to_f32)(column, (float *)job->dst + to, rows);
+        }
     }
+    kernels->fence();
     if (past > 0)
         job->clamped += past;
 }
@@ -139,7 +158,7 @@ static void convert(anert_pool *pool, conversion *job, bool transpose) {
     job->large = job->cols >= STREAMED / job->rows;
     if (transpose) {
         down = (job->rows + BLOCK - 1) / BLOCK;
-        job->across = (job->cols + BLOCK - 1) / BLOCK;
+        job->across = (job->cols + BAND - 1) / BAND;
     } else {
         if (job->ss == job->cols && job->ds == job->cols) { /* one long row */
             job->cols *= job->rows;
@@ -149,7 +168,7 @@ static void convert(anert_pool *pool, conversion *job, bool transpose) {
     }
     job->kernels = anert_fp16_kernels_for(anert_pool_isa(pool));
     anert_pool *workers = job->cols <= CHUNK / job->rows ? NULL : pool; /* waking them would cost more */
-    anert_parallel_for(workers, (int64_t)(down * job->across), transpose ? convert_block : convert_chunk, job);
+    anert_parallel_for(workers, (int64_t)(down * job->across), transpose ? convert_band : convert_chunk, job);
 }
 
 /* Elements from the first to one past the last of (rows, cols) at `stride`; false if no array can have that many. */

@@ -4,6 +4,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+enum { AHEAD = 1024 }; /* elements: a page of fp32, where hardware prefetch stops */
+
 #define AVX2 TARGET("avx2,fma,f16c")
 #define AVX512 TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 
@@ -103,6 +105,15 @@ AVX2 static void stream_avx2(const uint16_t *src, uint16_t *dst, size_t n) {
     memcpy(dst + i, src + i, (n - i) * sizeof *dst);
 }
 
+AVX2 static void stream_down_avx2(const float *src, uint16_t *dst, size_t n) {
+    size_t i = 0;
+    for (; i < n && ((uintptr_t)(dst + i) & 15) != 0; i++)
+        dst[i] = anert_half(src[i]);
+    for (; i + 8 <= n; i += 8)
+        _mm_stream_si128((__m128i *)(dst + i), _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT));
+    anert_fp16_down(src + i, dst + i, n - i);
+}
+
 AVX2 static void stream_up_avx2(const uint16_t *src, float *dst, size_t n) {
     size_t i = 0;
     for (; i < n && ((uintptr_t)(dst + i) & 31) != 0; i++)
@@ -115,7 +126,7 @@ AVX2 static void stream_up_avx2(const uint16_t *src, float *dst, size_t n) {
 static void fence(void) { _mm_sfence(); }
 
 const anert_fp16_kernels anert_fp16_avx2 = {down_avx2, up_avx2, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx2,
-                                            stream_avx2, stream_up_avx2, fence};
+                                            stream_avx2, stream_down_avx2, stream_up_avx2, fence};
 
 AVX512 static void down_avx512(const float *src, uint16_t *dst, size_t n) {
     size_t i = 0;
@@ -133,7 +144,40 @@ AVX512 static void up_avx512(const uint16_t *src, float *dst, size_t n) {
 
 AVX512 static size_t count_avx512(const float *src, size_t n) { return anert_count_past(src, n); }
 
+/* Stores of whole lines, which leave the write buffers at once. */
+AVX512 static void stream_avx512(const uint16_t *src, uint16_t *dst, size_t n) {
+    size_t i = 0;
+    for (; i < n && ((uintptr_t)(dst + i) & 63) != 0; i++)
+        dst[i] = src[i];
+    for (; i + 32 <= n; i += 32)
+        _mm512_stream_si512((__m512i *)(dst + i), _mm512_loadu_si512(src + i));
+    memcpy(dst + i, src + i, (n - i) * sizeof *dst);
+}
+
+AVX512 static void stream_down_avx512(const float *src, uint16_t *dst, size_t n) {
+    size_t i = 0;
+    for (; i < n && ((uintptr_t)(dst + i) & 63) != 0; i++)
+        dst[i] = anert_half(src[i]);
+    for (; i + 32 <= n; i += 32) {
+        __builtin_prefetch(src + i + AHEAD);
+        __builtin_prefetch(src + i + AHEAD + 16);
+        __m256i low = _mm512_cvtps_ph(_mm512_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT);
+        __m256i high = _mm512_cvtps_ph(_mm512_loadu_ps(src + i + 16), _MM_FROUND_TO_NEAREST_INT);
+        _mm512_stream_si512((__m512i *)(dst + i), _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    }
+    anert_fp16_down(src + i, dst + i, n - i);
+}
+
+AVX512 static void stream_up_avx512(const uint16_t *src, float *dst, size_t n) {
+    size_t i = 0;
+    for (; i < n && ((uintptr_t)(dst + i) & 63) != 0; i++)
+        dst[i] = anert_float(src[i]);
+    for (; i + 16 <= n; i += 16)
+        _mm512_stream_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(src + i))));
+    anert_fp16_up(src + i, dst + i, n - i);
+}
+
 /* Transposes are bound by their loads and stores of 8 halves: the AVX2 ones serve. */
 const anert_fp16_kernels anert_fp16_avx512 = {down_avx512, up_avx512, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx512,
-                                              stream_avx2, stream_up_avx2, fence};
+                                              stream_avx512, stream_down_avx512, stream_up_avx512, fence};
 #endif

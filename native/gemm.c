@@ -21,10 +21,25 @@ enum {
     SCRATCH_SLOT = 0,
     SHARED_SLOT = 5,
     SQUARES_SLOT = 6,
+    BLAS_LEAST = 32,          /* rows and columns of a product that a BLAS computes */
     STREAMED = 1 << 18         /* elements of a gradient from which on caches would not keep it */
 };
 #define SERIAL_FLOPS 2e6 /* below, waking a thread costs more than it saves */
 #define SERIAL_BYTES 2e5 /* the same when n = 1 */
+
+/* Packs and stores with the CPU's own vectors, multiplies with a BLAS. */
+static const gemm_kernel *blas_kernel(void) {
+    switch (anert_isa_vectors(ANERT_ISA_BLAS)) {
+#if defined(__x86_64__) || defined(VEC_EMULATED)
+    case ANERT_ISA_AVX2: return &anert_gemm_blas_avx2;
+    case ANERT_ISA_AVX512: return &anert_gemm_blas_avx512;
+#endif
+#if defined(__aarch64__) || defined(VEC_EMULATED)
+    case ANERT_ISA_NEON: return &anert_gemm_blas_neon;
+#endif
+    default: return &anert_gemm_blas_scalar;
+    }
+}
 
 static const gemm_kernel *kernel_for(int32_t isa, int32_t precision) {
     (void)precision;
@@ -42,6 +57,14 @@ static const gemm_kernel *kernel_for(int32_t isa, int32_t precision) {
 #endif
     default: return &anert_gemm_scalar;
     }
+}
+
+/* The kernel of a product (m, n): a BLAS' where both fill a good part of its tile. A column, a few positions of a decode and
+ * the like are bound by memory, which our own kernels read as it is. */
+static const gemm_kernel *kernel_of(int32_t isa, int32_t precision, int64_t m, int64_t n) {
+    if (isa == ANERT_ISA_BLAS)
+        return MIN(m, n) < BLAS_LEAST ? kernel_for(anert_isa_own(isa), precision) : blas_kernel();
+    return kernel_for(isa, precision);
 }
 
 /* One problem, with C contiguous along its rows if it is along any axis. */
@@ -114,7 +137,7 @@ static int64_t columns_in(const gemm_kernel *kernel, int64_t k, int64_t most) {
 /* Per thread, without panels of B. Grows with k alone. */
 static size_t task_scratch(const gemm_kernel *kernel, int64_t k) {
     int64_t words = block_words(kernel, MIN(MAX(k, 1) + 16 * kernel->pair, kernel->kc));
-    return (size_t)MAX(a_words(kernel, words) + sum_words(kernel, k), k + column_rows(k) + 128) * sizeof(float);
+    return (size_t)MAX(kernel->product + a_words(kernel, words) + sum_words(kernel, k), k + column_rows(k) + 128) * sizeof(float);
 }
 
 /* ---- One task ---- */
@@ -190,14 +213,14 @@ static void multiply_block(const problem *p, int64_t batch, int64_t row, int64_t
     const gemm_kernel *kernel = p->kernel;
     int64_t rows = MIN(p->task_rows, p->m - row), cols = MIN(p->task_cols, p->cols - col);
     int64_t sums_stride = ROUND_UP(cols, kernel->nr), c_col = p->first_col + col;
-    float *a_panels = scratch, *sums = a_panels + a_words(kernel, block_words(kernel, p->depth));
+    float *product = scratch, *a_panels = product + kernel->product, *sums = a_panels + a_words(kernel, block_words(kernel, p->depth));
     for (int64_t k = 0; k == 0 || k < p->k; k += p->depth) {
         int64_t depth = MIN(p->depth, p->k - k), words = block_words(kernel, depth);
         gemm_operand a = rows_of(p, p->a, p->first_batch + batch, row, p->m - row, k);
         kernel->pack_a(&a, rows, depth, a_panels);
         int64_t tiles = divide_up(rows, kernel->mr) * divide_up(cols, kernel->nr);
         gemm_ahead ahead = next_rows(p, batch, row, k, tiles * (words / kernel->step));
-        gemm_out out = {.ahead = &ahead, .sums = p->k > p->depth ? sums : NULL, .sums_stride = sums_stride, .first = k == 0,
+        gemm_out out = {.ahead = &ahead, .product = product, .sums = p->k > p->depth ? sums : NULL, .sums_stride = sums_stride, .first = k == 0,
                         .last = k + depth >= p->k, .alpha = p->alpha, .beta = p->beta, .stream = p->stream,
                         .c = at(p->c, p->first_batch + batch, row, c_col), .dtype = p->c.dtype,
                         .row_stride = p->c.row_stride, .col_stride = p->c.col_stride};
@@ -313,12 +336,13 @@ static size_t serial_scratch(const gemm_kernel *kernel, int64_t k) {
 }
 
 size_t anert_gemm_scratch(int32_t isa, int64_t k) {
+    isa = anert_isa_own(isa);
     return MAX(serial_scratch(kernel_for(isa, ANERT_F32), k), serial_scratch(kernel_for(isa, ANERT_BF16), k));
 }
 
 void anert_gemm_serial(int32_t isa, int32_t precision, int64_t m, int64_t n, int64_t k, float alpha, anert_matrix a,
                        anert_matrix b, float beta, anert_matrix c, void *scratch) {
-    problem p = oriented(kernel_for(isa, precision), precision, 1, m, n, k, alpha, a, b, beta, c);
+    problem p = oriented(kernel_for(anert_isa_own(isa), precision), precision, 1, m, n, k, alpha, a, b, beta, c);
     if (m == 0 || n == 0)
         return;
     group(&p, SERIAL_WORDS);
@@ -458,7 +482,7 @@ anert_status anert_gemm(anert_pool *pool, int32_t precision, int64_t batch, int6
     anert_status status = check(pool, precision, batch, m, n, k, alpha, a, b, beta, c, err);
     if (status != ANERT_OK || batch == 0 || m == 0 || n == 0)
         return status;
-    problem p = oriented(kernel_for(anert_pool_isa(pool), precision), precision, batch, m, n, k, alpha, a, b, beta, c);
+    problem p = oriented(kernel_of(anert_pool_isa(pool), precision, m, n), precision, batch, m, n, k, alpha, a, b, beta, c);
     return multiply(&p, pool, err);
 }
 
@@ -482,7 +506,7 @@ anert_status anert_gemm_grad(anert_pool *pool, int32_t precision, int64_t m, int
     *squares = 0.0;
     if (m == 0 || n == 0)
         return ANERT_OK;
-    problem p = oriented(kernel_for(anert_pool_isa(pool), precision), precision, 1, m, n, k, alpha, a, b, beta, c);
+    problem p = oriented(kernel_of(anert_pool_isa(pool), precision, m, n), precision, 1, m, n, k, alpha, a, b, beta, c);
     int64_t tiles = divide_up(p.m, p.kernel->mr) * divide_up(p.n, p.kernel->nr);
     anert_pool_enter(pool);
     if (p.n != 1) {

@@ -46,6 +46,7 @@ typedef struct {
     int64_t row_stride, col_stride, rows, cols; /* of C, and how much of the tile lies inside it */
     float *squares; /* NULL, or where the sum of squares of the tile's part of C goes (C is F32) */
     gemm_ahead *ahead;
+    float *product; /* of gemm_kernel.product words, aligned to 64 bytes */
     bool stream;    /* C is written past the caches: F32, aligned to 64 bytes, beta 0 */
 } gemm_out;
 
@@ -57,6 +58,7 @@ typedef struct {
     int32_t kc;     /* deepest block of k */
     int32_t pair;   /* elements of k in a 32-bit word of a panel */
     int32_t step;   /* a panel's words come in multiples of it, zeros at the end */
+    int32_t product; /* fp32 words of scratch that a tile wants, a multiple of 16 */
     /* Packs x's first `count` rows, `depth` deep, into panels of mr or nr rows: panel, k, row (pack_a of AMX: panel, 16
      * words of k, row, k). Reads nothing outside x. Rows past the end of x are arbitrary numbers: what they yield lies
      * outside C. */
@@ -69,19 +71,21 @@ typedef struct {
     void (*matvec)(const gemm_operand *w, int64_t rows, int64_t k, const float *x, float *sums, const gemm_out *out);
     /* The k elements of a column as contiguous fp32: x itself, or a copy in `copy`. */
     const float *(*column)(const gemm_operand *x, int64_t k, float *copy);
-    /* Around the tiles of a task, on its thread: begin may be NULL, end makes streamed stores visible. */
+    /* Around the tiles of a task, on its thread: begin may be NULL, end makes streamed stores visible. matvec and column are
+     * NULL where small products are another kernel's. */
     void (*begin)(void);
     void (*end)(void);
 } gemm_kernel;
 
-extern const gemm_kernel anert_gemm_scalar;
+extern const gemm_kernel anert_gemm_scalar, anert_gemm_blas_scalar;
 #if defined(__x86_64__) || defined(VEC_EMULATED)
 extern const gemm_kernel anert_gemm_avx2, anert_gemm_avx512, anert_gemm_avx512bf16;
+extern const gemm_kernel anert_gemm_blas_avx2, anert_gemm_blas_avx512;
 #endif
 #if defined(ANERT_HAS_AMX)
 extern const gemm_kernel anert_gemm_amx;
 #endif
 #if defined(__aarch64__) || defined(VEC_EMULATED)
-extern const gemm_kernel anert_gemm_neon;
+extern const gemm_kernel anert_gemm_neon, anert_gemm_blas_neon;
 #endif
 #endif

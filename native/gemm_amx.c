@@ -163,5 +163,5 @@ AMX_FN void tile_amx(int64_t words, const float *a, const float *b, const gemm_o
         store_tile(tile, out);
 }
 
-const gemm_kernel anert_gemm_amx = {MR, NR, 384, 2, PAIR_STEP, pack_rows, pack_cols, tile_amx, matvec, column, begin, end};
+const gemm_kernel anert_gemm_amx = {MR, NR, 384, 2, PAIR_STEP, 0, pack_rows, pack_cols, tile_amx, matvec, column, begin, end};
 #endif

@@ -125,17 +125,21 @@ VEC_INLINE vf scaled(vf sum, const gemm_out *out, int64_t i, int64_t j, int32_t 
     return vf_fma(vf_set1(out->alpha), sum, vf_load_as(out->c, i * out->row_stride + j, dtype));
 }
 
-/* Row i of a tile that lies within C. grad: C is F32 and out says whether to stream and to sum up squares. */
+/* Vector j of row i of a tile that lies within C. grad: C is F32 and out says whether to stream and to sum up squares. */
+VEC_INLINE vf store_vector(vf sum, const gemm_out *out, int64_t i, int64_t j, int32_t dtype, bool grad, vf squares) {
+    vf x = scaled(sum, out, i, j * VL, dtype);
+    if (grad)
+        squares = vf_fma(x, x, squares);
+    if (grad && out->stream)
+        vf_stream((float *)out->c + i * out->row_stride + j * VL, x);
+    else
+        vf_store_as(out->c, i * out->row_stride + j * VL, dtype, x);
+    return squares;
+}
+
 VEC_INLINE vf store_row(const vf *sum, const gemm_out *out, int64_t i, int32_t dtype, bool grad, vf squares) {
-    for (int j = 0; j < NV; j++) {
-        vf x = scaled(sum[j], out, i, j * VL, dtype);
-        if (grad)
-            squares = vf_fma(x, x, squares);
-        if (grad && out->stream)
-            vf_stream((float *)out->c + i * out->row_stride + j * VL, x);
-        else
-            vf_store_as(out->c, i * out->row_stride + j * VL, dtype, x);
-    }
+    for (int j = 0; j < NV; j++)
+        squares = store_vector(sum[j], out, i, j, dtype, grad, squares);
     return squares;
 }
 

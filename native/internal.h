@@ -39,6 +39,8 @@ void anert_parallel_for(anert_pool *pool, int64_t n, anert_body *body, void *arg
 void anert_pool_enter(anert_pool *pool);
 void anert_pool_leave(anert_pool *pool);
 int32_t anert_isa_best(void); /* what ANERT_ISA_AUTO means here */
+void anert_isa_add(int32_t isa);        /* supported from now on: blas.c has opened a library */
+int32_t anert_isa_own(int32_t isa);     /* the CPU's own: of BLAS, the best one; any other is itself */
 int32_t anert_isa_vectors(int32_t isa); /* what an instruction set computes vectors with: AMX and AVX512BF16 are AVX512 */
 /* Per-thread scratch that grows and stays: at least nbytes, 64-byte aligned; NULL if memory was not granted. Call it for
  * all threads before entering a parallel region. slot separates users that nest (gemm 0, tile 1, plan 2,
@@ -55,14 +57,15 @@ typedef struct {
     void (*transpose_f16_to_f32)(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols);
     void (*transpose)(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
     size_t (*count_past)(const float *src, size_t n); /* how many magnitudes exceed 65504; NaN does not */
-    /* Copies past the caches, of halves and of halves widened; fence makes them visible to other threads. */
+    /* The same written past the caches: halves, halves narrowed, halves widened; fence makes them visible to others. */
     void (*stream)(const uint16_t *src, uint16_t *dst, size_t n);
+    void (*stream_down)(const float *src, uint16_t *dst, size_t n);
     void (*stream_up)(const uint16_t *src, float *dst, size_t n);
     void (*fence)(void);
 } anert_fp16_kernels;
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa); /* isa resolved, not AUTO */
 /* f32_to_f16 with everything past +-65504, inf too but not NaN, written as +-65504; returns how many those were. */
-size_t anert_fp16_clamp_row(const anert_fp16_kernels *kernels, const float *src, uint16_t *dst, size_t n);
+size_t anert_fp16_clamp_row(const anert_fp16_kernels *kernels, const float *src, uint16_t *dst, size_t n, bool stream);
 /* fp16_x86.c, fp16_neon.c */
 extern const anert_fp16_kernels anert_fp16_avx2, anert_fp16_avx512, anert_fp16_neon;
 /* The scalar converters, for what is left over beside a vector loop. */
@@ -71,18 +74,21 @@ void anert_fp16_up(const uint16_t *src, float *dst, size_t n);
 void anert_fp16_down_block(const float *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
 void anert_fp16_up_block(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols);
 void anert_fp16_turn_block(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
-/* The body of every count_past, vectorised for the caller's target. */
+/* The body of every count_past, vectorised for the caller's target. It is the first to read a row: it asks for what comes
+ * a page later, where hardware prefetch stops. */
 static inline __attribute__((always_inline)) size_t anert_count_past(const float *src, size_t n) {
-    size_t total = 0;
-    while (n > 0) {
-        size_t part = MIN(n, (size_t)4096);
+    enum { STRIP = 64, PAGE = 1024 };
+    size_t total = 0, i = 0;
+    for (; i + STRIP <= n; i += STRIP) {
         uint32_t past = 0;
-        for (size_t i = 0; i < part; i++)
-            past += __builtin_fabsf(src[i]) > 65504.0f;
+        for (size_t j = 0; j < STRIP; j += 16)
+            __builtin_prefetch(src + i + PAGE + j);
+        for (size_t j = 0; j < STRIP; j++)
+            past += __builtin_fabsf(src[i + j]) > 65504.0f;
         total += past;
-        src += part;
-        n -= part;
     }
+    for (; i < n; i++)
+        total += __builtin_fabsf(src[i]) > 65504.0f;
     return total;
 }
 

@@ -7,7 +7,7 @@
 
 #include "internal.h"
 
-enum { LANES = 16, STRIP = 64, AHEAD = 512, STREAMED = 1 << 20, CHUNK = 1 << 14, WIDE = 1 << 17, BLOCK = 64, ROW_PART = 1024, SERIAL = 1 << 15, SLOT = 4 };
+enum { LANES = 16, STRIP = 64, AHEAD = 512, STREAMED = 1 << 20, CHUNK = 1 << 14, WIDE = 1 << 17, BLOCK = 64, ROW_PART = 1024, SERIAL = 1 << 15, SLOT = 4, PAD = 32, SCRATCH = WIDE + BLOCK * PAD };
 
 /* ---- Loops ---- */
 typedef struct {
@@ -160,10 +160,13 @@ typedef struct {
     const float *grad;
     int64_t rows, cols;
     int64_t tile_rows, tile_cols, across; /* tiles along a row */
+    int64_t pitch; /* of a tile's rows of halves: does not alias */
     const anert_placement *placements;
     int32_t n_placements;
     uint16_t *wide; /* (threads, WIDE), or NULL: tiles hold a CHUNK */
     void (*copy)(const uint16_t *src, uint16_t *dst, size_t n);
+    bool large; /* copies go past the caches */
+    bool alone; /* the one placement is straight: halves go there without a copy */
     bool vector; /* a Param of one column, laid as one row: the placements' strides are swapped */
     _Atomic uint64_t clamped;
 } pass;
@@ -216,30 +219,36 @@ static void place(const pass *job, bool straight, const uint16_t *halves, int64_
         if (straight)
             job->copy(halves, to.base, (size_t)cols); /* one row */
         else if (is_transposed(to))
-            place_transposed(job, halves, job->tile_cols, to, rows, cols);
+            place_transposed(job, halves, job->pitch, to, rows, cols);
         else
-            place_anywhere(halves, job->tile_cols, to, rows, cols);
+            place_anywhere(halves, job->pitch, to, rows, cols);
     }
 }
 
 static void run_tile(void *arg, int64_t index, int32_t thread) {
     pass *job = arg;
-    uint16_t here[CHUNK];
-    uint16_t *halves = job->wide != NULL ? job->wide + (int64_t)thread * WIDE : here; /* (tile_rows, tile_cols) */
+    uint16_t here[CHUNK + BLOCK * PAD];
+    uint16_t *halves = job->wide != NULL ? job->wide + (int64_t)thread * SCRATCH : here; /* (tile_rows, pitch) */
     int64_t row = index / job->across * job->tile_rows, col = index % job->across * job->tile_cols;
     int64_t rows = MIN(job->rows - row, job->tile_rows), cols = MIN(job->cols - col, job->tile_cols);
     size_t past = 0;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < cols; c += ROW_PART) { /* what one part reads and writes stays in L1 */
             int64_t at = (row + r) * job->cols + col + c, n = MIN(cols - c, (int64_t)ROW_PART);
-            uint16_t *part = halves + r * job->tile_cols + c;
+            uint16_t *part = halves + r * job->pitch + c;
             if (job->v != NULL)
                 job->loops->adamw(job->master + at, job->m + at, job->v + at, job->grad + at, (size_t)n, &job->u);
             else if (job->m != NULL)
                 job->loops->lion(job->master + at, job->m + at, job->grad + at, (size_t)n, &job->u);
             if (job->n_placements == 0)
                 continue;
-            past += anert_fp16_clamp_row(job->fp16, job->master + at, part, (size_t)n);
+            if (job->alone) {
+                anert_placement to = placement_of(job, 0);
+                uint16_t *out = to.base + (row + r) * to.row_stride + col + c;
+                past += anert_fp16_clamp_row(job->fp16, job->master + at, out, (size_t)n, job->large);
+                continue;
+            }
+            past += anert_fp16_clamp_row(job->fp16, job->master + at, part, (size_t)n, false);
             place(job, true, part, row + r, col + c, 1, n);
         }
     place(job, false, halves, row, col, rows, cols);
@@ -282,12 +291,13 @@ static anert_status check_pass(const pass *job, anert_error *err) {
 static void cut_tiles(anert_pool *pool, pass *job, bool blocked) {
     int64_t threads = anert_pool_threads(pool), size = CHUNK;
     if (blocked && job->rows * job->cols >= 2 * WIDE * threads) {
-        job->wide = anert_pool_scratch(pool, 0, SLOT, sizeof *job->wide * WIDE * (size_t)threads);
+        job->wide = anert_pool_scratch(pool, 0, SLOT, sizeof *job->wide * SCRATCH * (size_t)threads);
         size = job->wide != NULL ? WIDE : CHUNK;
     }
     job->tile_cols = MIN(job->cols, blocked ? size / BLOCK : size);
     job->tile_rows = blocked ? BLOCK : MAX(1, size / job->tile_cols);
     job->across = (job->cols + job->tile_cols - 1) / job->tile_cols;
+    job->pitch = blocked ? job->tile_cols + PAD : job->tile_cols;
 }
 
 static void run_pass(anert_pool *pool, pass *job, uint64_t *clamped) {
@@ -309,7 +319,9 @@ static void run_pass(anert_pool *pool, pass *job, uint64_t *clamped) {
     if (job->rows > 0 && job->cols > 0) {
         job->loops = loops_for(anert_pool_isa(pool));
         job->fp16 = anert_fp16_kernels_for(anert_pool_isa(pool));
-        job->copy = job->rows * job->cols >= STREAMED ? job->fp16->stream : copy_row;
+        job->large = job->rows * job->cols >= STREAMED;
+        job->copy = job->large ? job->fp16->stream : copy_row;
+        job->alone = job->n_placements == 1 && !blocked;
         anert_pool_enter(pool);
         cut_tiles(pool, job, blocked);
         int64_t down = (job->rows + job->tile_rows - 1) / job->tile_rows;

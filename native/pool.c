@@ -231,6 +231,8 @@ anert_status anert_pool_new(int32_t n_threads, int32_t isa, anert_pool **out, an
         return anert_fail(err, ANERT_EINVAL, "a pool takes 1 to %d threads, not %d", MAX_THREADS, n_threads);
     if (isa != ANERT_ISA_AUTO && anert_isa_name(isa) == NULL)
         return anert_fail(err, ANERT_EINVAL, "no instruction set has the number %d", isa);
+    if (isa == ANERT_ISA_BLAS && !anert_isa_supported(isa))
+        return anert_fail(err, ANERT_EUNAVAILABLE, "no BLAS is open: anert_blas_open comes before a pool of it");
     if (!anert_isa_supported(isa))
         return anert_fail(err, ANERT_EUNSUPPORTED, "this CPU has no %s; it has %s", anert_isa_name(isa),
                           anert_isa_name(anert_isa_best()));

@@ -141,8 +141,7 @@ VNNI static void block_vnni(const uint8_t *block, int64_t groups, const column *
 
 static block_fn *block_for(int32_t isa) {
 #if defined(__x86_64__)
-    bool wide = isa == ANERT_ISA_AVX512 || isa >= ANERT_ISA_AVX512BF16;
-    if (wide && isa != ANERT_ISA_NEON && __builtin_cpu_supports("avx512vnni"))
+    if (anert_isa_vectors(isa) == ANERT_ISA_AVX512 && __builtin_cpu_supports("avx512vnni"))
         return block_vnni;
 #endif
     (void)isa;

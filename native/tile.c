@@ -166,6 +166,12 @@ static operand operand_of(const tile_state *t, int32_t r, int32_t kind, const fl
     return (operand){t->regs[r].p, kind & 2 ? t->regs[r].row : 0, kind & 1};
 }
 
+/* Whether the rows of an operand lie end to end, or it is one number. A column does neither, though in a chunk of one
+ * lane its rows are as far apart as if it did. */
+static bool is_flat(const operand *x, int64_t lanes) {
+    return x->lane ? x->row == lanes : x->row == 0;
+}
+
 static void fold(tile_state *t, const tile_instr *in) {
     const anert_step *s = t->job->step;
     int32_t which = in->i.op - ANERT_TILE_SUM;
@@ -201,8 +207,7 @@ static void compute(tile_state *t, const tile_instr *in) {
     if (kind == 2) { /* a column: its rows are contiguous, so they become the lanes */
         g.lanes = g.rows, g.rows = 1;
         g.a_lane = g.a_row != 0, g.b_lane = g.b_row != 0, g.c_lane = g.c_row != 0;
-    } else if (kind == 3 && g.d_row == g.lanes && (a.row == g.lanes || in->i.a < 0 || !in->ka) &&
-               (b.row == g.lanes || in->i.b < 0 || !in->kb) && (c.row == g.lanes || in->i.c < 0 || !in->kc)) {
+    } else if (kind == 3 && g.d_row == g.lanes && is_flat(&a, g.lanes) && is_flat(&b, g.lanes) && is_flat(&c, g.lanes)) {
         g.lanes *= g.rows, g.rows = 1;
     }
     t->job->kernels->op[in->i.op](&g);

@@ -128,8 +128,7 @@ def link(target: Target, objects: Iterable[Path], out: Path, *libraries: str) ->
 def extension(target: Target, out: Path, module: str, header: str, sources: list[Path], *flags: str) -> Path:
     """out/_MODULE.abi3.so: the sources and cffi's generated C, for CPython's limited API."""
     ffi = FFI()
-    ffi.cdef(build_ffi.cdef(build_ffi.NATIVE / header))
-    ffi.set_source(module, f'#include "{header}"', py_limited_api=True)
+    build_ffi.declare(ffi, module, build_ffi.NATIVE / header, py_limited_api=True)
     name = module.rpartition(".")[2]
     folder = out / name.strip("_")
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from cffi import FFI
 from native_build import NATIVE, compiler
 
 import build_ffi
@@ -62,6 +63,34 @@ except errors.BackendUnavailable as error:
     assert str(path) in message
     assert "python build_ffi.py" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("declared", ["", "enum { ANERT_INTERFACE = 7 };"], ids=["older", "another"])
+def test_a_core_of_another_version_is_said_so(tmp_path, declared):
+    """It loads well, and lacks what this anert would call."""
+    builder = FFI()
+    builder.cdef(declared + "int anert_pool_threads(void);")
+    builder.set_source("_native", declared + "static int anert_pool_threads(void) { return 1; }")
+    core = builder.compile(str(tmp_path))
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "ANERT_NATIVE": core}
+    command = [sys.executable, "-m", "anert", "bench", "dispatch"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 3, done.stderr
+    assert f"the native core {core} (ANERT_NATIVE) does not load (it was built for another version" in done.stderr
+    assert done.stderr.count("\n") == 1 and "python build_ffi.py" in done.stderr
+
+
+def test_both_sides_number_the_headers_alike():
+    for header in ("anert.h", "ane.h"):
+        assert native._interface(header) == build_ffi.interface(NATIVE / header)
+    assert build_ffi.interface() == native.load().lib.ANERT_INTERFACE
+
+
+def test_an_installation_has_no_headers(tmp_path):
+    """The number of its core is then what it is."""
+    shutil.copytree(ROOT / "anert", tmp_path / "anert", ignore=shutil.ignore_patterns("__pycache__"))
+    program = "from anert import ffi; print(ffi._interface('anert.h'), ffi.Pool(1).threads)"
+    assert python(program, PYTHONPATH=str(tmp_path)) == "None 1"
 
 
 def test_absent_extension(tmp_path):

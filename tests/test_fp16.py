@@ -225,6 +225,33 @@ def test_bad_arguments():
     native.call(lib.anert_f32_to_f16_2d, null, null, 0, null, 0, 0, 5, 1, 0, null)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("transpose", [0, 1])
+@pytest.mark.parametrize("clamp", [0, 1])
+def test_past_the_caches(isa, transpose, clamp):
+    """A matrix that is large enough to be streamed, odd in every stride and address."""
+    rows, cols, ss = 1301, 1207, 1213
+    out_rows, out_cols = (cols, rows) if transpose else (rows, cols)
+    ds = out_cols + 3
+    held = np.random.default_rng(1).standard_normal(rows * ss + 1, np.float32) * 40000
+    wide = held[1:].reshape(rows, ss)[:, :cols]
+    narrow = np.full(out_rows * ds + 1, 0xABCD, np.uint16)
+    out, clamped = narrow[1:].reshape(out_rows, ds), native.ffi.new("uint64_t *")
+    lib, p = native.lib, pool(isa).ptr
+    native.call(lib.anert_f32_to_f16_2d, p, pointer(wide, "float *"), ss, pointer(out, "uint16_t *"), ds, rows, cols,
+                transpose, clamp, clamped)  # fmt: skip
+    expected = down_oracle(np.clip(wide, -65504, 65504) if clamp else wide)
+    np.testing.assert_array_equal(out[:, :out_cols], expected.T if transpose else expected)
+    assert (out[:, out_cols:] == 0xABCD).all() and narrow[0] == 0xABCD
+    assert clamped[0] == (np.count_nonzero(np.abs(wide) > 65504) if clamp else 0)
+    back = np.full(rows * ss + 1, -1, np.float32)
+    again = back[1:].reshape(rows, ss)
+    native.call(lib.anert_f16_to_f32_2d, p, pointer(out, "uint16_t *"), ds, pointer(again, "float *"), ss, out_rows,
+                out_cols, transpose)  # fmt: skip
+    np.testing.assert_array_equal(again[:, :cols].view(np.uint32), up_oracle(expected))
+    assert (again[:, cols:] == -1).all() and back[0] == -1
+
+
 # AVX-512 on a CPU without it: the same source over SIMDe's portable intrinsics. SIMDe itself includes the compiler's
 # immintrin.h; its 0.7.4 lacks the two conversions, which are their 256-bit halves side by side.
 SHIM = r"""
@@ -251,6 +278,8 @@ static inline simde__m512 shim_cvtph_ps(simde__m256i x) {
 }
 #define _mm512_cvtps_ph(x, mode) shim_cvtps_ph(x)
 #define _mm512_cvtph_ps(x) shim_cvtph_ps(x)
+#define _mm512_stream_ps simde_mm512_storeu_ps
+#define _mm512_stream_si512 simde_mm512_storeu_si512
 #endif
 """
 PROBE = r"""
@@ -258,6 +287,9 @@ PROBE = r"""
 #define K (&TABLE)
 void probe_down(const float *s, uint16_t *d, size_t n) { K->f32_to_f16(s, d, n); }
 void probe_up(const uint16_t *s, float *d, size_t n) { K->f16_to_f32(s, d, n); }
+void probe_stream(const uint16_t *s, uint16_t *d, size_t n) { K->stream(s, d, n); }
+void probe_stream_down(const float *s, uint16_t *d, size_t n) { K->stream_down(s, d, n); }
+void probe_stream_up(const uint16_t *s, float *d, size_t n) { K->stream_up(s, d, n); }
 size_t probe_count(const float *s, size_t n) { return K->count_past(s, n); }
 void probe_turn(const uint16_t *s, size_t ss, uint16_t *d, size_t ds, size_t r, size_t c) {
     K->transpose(s, ss, d, ds, r, c);
@@ -272,6 +304,9 @@ void probe_up_block(const uint16_t *s, size_t ss, float *d, size_t ds, size_t r,
 CDEF = """
 void probe_down(const float *, uint16_t *, size_t);
 void probe_up(const uint16_t *, float *, size_t);
+void probe_stream(const uint16_t *, uint16_t *, size_t);
+void probe_stream_down(const float *, uint16_t *, size_t);
+void probe_stream_up(const uint16_t *, float *, size_t);
 size_t probe_count(const float *, size_t);
 void probe_turn(const uint16_t *, size_t, uint16_t *, size_t, size_t, size_t);
 void probe_down_block(const float *, size_t, uint16_t *, size_t, size_t, size_t);
@@ -309,6 +344,24 @@ def test_avx512_rows_emulated(emulated):
     lib.probe_up(ffi.from_buffer("uint16_t[]", ALL), ffi.from_buffer("float[]", wide), 65536)
     same = wide.view(np.uint32) == up_oracle(ALL)
     assert (same | np.isnan(wide) if "avx2" not in ISAS else same).all()
+
+
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 100, 1000])
+@pytest.mark.parametrize("at", [0, 1, 17])
+def test_avx512_streams_emulated(emulated, n, at):
+    """From and to any address, and not a byte beyond."""
+    ffi, lib = emulated
+    halves, floats = ALL[15000 : 15000 + n], CASES[:n][np.isfinite(CASES[:n])]
+    copied, down = np.full(at + n + 1, 0xABCD, np.uint16), np.full(at + floats.size + 1, 0xABCD, np.uint16)
+    up = np.full(at + n + 1, -1, np.float32)
+    lib.probe_stream(ffi.from_buffer("uint16_t[]", halves), ffi.from_buffer("uint16_t[]", copied) + at, n)
+    lib.probe_stream_down(ffi.from_buffer("float[]", floats), ffi.from_buffer("uint16_t[]", down) + at, floats.size)
+    lib.probe_stream_up(ffi.from_buffer("uint16_t[]", halves), ffi.from_buffer("float[]", up) + at, n)
+    np.testing.assert_array_equal(copied[at:-1], halves)
+    np.testing.assert_array_equal(down[at:-1], floats.astype(np.float16).view(np.uint16))
+    np.testing.assert_array_equal(up[at:-1], halves.view(np.float16).astype(np.float32))
+    assert (copied[-1], down[-1], up[-1]) == (0xABCD, 0xABCD, -1)
+    assert (copied[:at] == 0xABCD).all() and (down[:at] == 0xABCD).all() and (up[:at] == -1).all()
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (8, 8), (9, 23), (63, 1), (1, 64), (16, 40)])

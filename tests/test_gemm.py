@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from blas_library import open_library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from native_build import compile_native
@@ -12,6 +13,7 @@ from native_build import compile_native
 from anert import ffi
 from anert.errors import InputError
 
+open_library()  # then `blas` is one of the instruction sets
 F32, F16, BF16 = 0, 1, 2
 SETTINGS = settings(max_examples=60, deadline=None)
 
@@ -134,6 +136,7 @@ def expected(problem: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 @SETTINGS
 @given(PROBLEM)
 @example(dict(batch=1, m=200, n=300, k=70, layouts=("rows",) * 3, dtypes=(F16, F16, F16), precision=F32, alpha=1.0, beta=0.0, seed=1))  # fmt: skip
+@example(dict(batch=1, m=70, n=40, k=2100, layouts=("rows", "cols", "rows"), dtypes=(F16, F16, F16), precision=F32, alpha=-0.5, beta=1.0, seed=1))  # fmt: skip
 @example(dict(batch=1, m=800, n=40, k=330, layouts=("rows", "cols", "rows"), dtypes=(F16, F16, F32), precision=BF16, alpha=1.0, beta=1.0, seed=1))  # fmt: skip
 def test_against_float64(pools, problem):
     exact, bound = expected(problem)
@@ -146,6 +149,7 @@ def test_against_float64(pools, problem):
 @SETTINGS
 @given(PROBLEM)
 @example(dict(batch=2, m=1, n=300, k=700, layouts=("strided", "cols", "rows"), dtypes=(F16, F32, F16), precision=F32, alpha=1.0, beta=0.0, seed=1))  # fmt: skip
+@example(dict(batch=1, m=70, n=300, k=1100, layouts=("cols", "rows", "strided"), dtypes=(F16, F32, F16), precision=F32, alpha=1.0, beta=1.0, seed=1))  # fmt: skip
 @example(dict(batch=1, m=800, n=300, k=330, layouts=("cols", "strided", "cols"), dtypes=(F16, F32, F16), precision=F32, alpha=1.0, beta=0.0, seed=1))  # fmt: skip
 @example(dict(batch=1, m=900, n=1, k=333, layouts=("cols", "strided", "cols"), dtypes=(BF16, F32, F16), precision=BF16, alpha=1.0, beta=1.0, seed=1))  # fmt: skip
 def test_bits_do_not_depend_on_strides_or_threads(pools, problem):
@@ -333,7 +337,15 @@ int run_serial(int isa, int precision, long m, long n, long k, float alpha, aner
 """
 SOURCES = (
     *("gemm.c", "gemm_scalar.c", "gemm_avx2.c", "gemm_avx512.c", "gemm_avx512bf16.c", "gemm_amx.c", "gemm_neon.c"),
-    *("pool.c", "error.c"),
+    *(
+        "gemm_blas_scalar.c",
+        "gemm_blas_avx2.c",
+        "gemm_blas_avx512.c",
+        "gemm_blas_neon.c",
+        "blas.c",
+        "pool.c",
+        "error.c",
+    ),
 )
 BUILDS: dict[str, tuple[str, ...]] = {"native": (), "emulated": ("VEC_EMULATED",)}
 
@@ -379,7 +391,8 @@ def serial(library: ctypes.CDLL, isa: str, problem: dict[str, Any]) -> np.ndarra
 @example(dict(batch=1, m=300, n=300, k=330, layouts=("rows",) * 3, dtypes=(F16, F16, F16), precision=F32, alpha=1.0, beta=0.0, seed=1))  # fmt: skip
 def test_serial_gives_the_bits_of_the_parallel_entry(pools, builds, problem):
     for isa in ffi.isas():
-        want = solve(pools[isa, 2], problem, problem["layouts"])
+        own = isa if isa != "blas" else ffi.own_isa()  # a BLAS is for what all threads work at
+        want = solve(pools[own, 2], problem, problem["layouts"])
         got = serial(builds("native"), isa, problem)
         np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8), err_msg=isa)
 

@@ -68,9 +68,12 @@ def test_nothing_is_allocated_after_the_second_step(precision):
 
     step()
     step()
-    held, blocks, surfaces = native_bytes(), sys.getallocatedblocks(), rt.heap.nbytes
-    for _ in range(40):
-        step()
-    assert rt.heap.nbytes == surfaces
-    assert native_bytes() - held < 4096, "malloc holds more than it did after step 2 (Python's own pools grow by less)"
-    assert sys.getallocatedblocks() - blocks < 60, "Python holds more objects than it did after step 2"
+    grown = []
+    for _ in range(3):  # threads that other tests left allocate too, now and then
+        held, blocks, surfaces = native_bytes(), sys.getallocatedblocks(), rt.heap.nbytes
+        for _ in range(40):
+            step()
+        assert rt.heap.nbytes == surfaces
+        grown.append((native_bytes() - held, sys.getallocatedblocks() - blocks))
+    assert min(native for native, _ in grown) < 4096, f"malloc holds more after 40 steps than before: {grown}"
+    assert min(objects for _, objects in grown) < 40, f"Python holds more objects after 40 steps than before: {grown}"

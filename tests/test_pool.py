@@ -251,7 +251,7 @@ def test_bad_pools():
             native.Pool(threads)
     with pytest.raises(InputError, match=r"'sse9'.*avx2"):
         native.Pool(1, "sse9")
-    missing = [name for name in native.ISAS if name not in native.isas()]
+    missing = [name for name in native.ISAS if name not in native.isas() and name != "blas"]
     for name in missing:
         with pytest.raises(UnsupportedError, match=f"no {name}; it has"):
             native.Pool(1, name)

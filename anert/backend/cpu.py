@@ -144,7 +144,8 @@ class CpuBackend(Backend):
     """Runs MIL on this machine's cores.
 
     pool: the threads and instruction set. precision: `fp32`, `bf16` or `fp16`. heap: where surfaces and the arena
-    come from. fuse=False makes every elementwise op a step of its own, for tests: the results are the same bits.
+    come from. fuse=False makes every elementwise op a step of its own, for tests: the same bits, but for the order in
+    which a sum over an axis may be added.
     cache: where plans are kept from one process to the next; None: nowhere.
     """
 

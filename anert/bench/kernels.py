@@ -89,6 +89,7 @@ def _matrix(array: np.ndarray) -> Any:
 
 def copier(source: np.ndarray, target: np.ndarray, threads: int) -> Callable[[], None]:
     """A plain copy by as many threads as the engine has."""
+    source.fill(1.0)  # pages that nobody wrote are all the same one, which a cache holds
     pool = ThreadPoolExecutor(threads)
     edges = np.linspace(0, source.size, threads + 1).astype(int)
     pairs = [(target[a:b], source[a:b]) for a, b in pairwise(edges)]

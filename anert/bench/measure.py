@@ -16,6 +16,7 @@ import numpy as np
 from anert import __version__
 from anert.errors import AnertError
 from anert.events import Event, Progress
+from anert.ffi import open_blas
 
 MAX_OTHER = 0.15
 """Cores that other processes may use during a timed run before it counts as disturbed."""
@@ -201,7 +202,8 @@ def fingerprint(threads: int = 0, isa: str = "") -> dict[str, Any]:
     except OSError:
         governor = "unknown"
     return {
-        "cpu": cpu, "isa": isa, "threads": threads, "processors": os.cpu_count(), "governor": governor,
+        "cpu": cpu, "isa": isa, "blas": open_blas() if isa == "blas" else "", "threads": threads,
+        "processors": os.cpu_count(), "governor": governor,
         "system": platform.platform(), "python": platform.python_version(), "numpy": np.__version__,
         "anert": __version__, "load": round(os.getloadavg()[0], 2),
     }  # fmt: skip
