@@ -153,8 +153,8 @@ def _aside(event: ev.Event) -> None:
     if isinstance(event, ev.Notice):
         sys.stderr.write(f"anert: {event.text}\n")
     elif isinstance(event, ev.Told):
-        speeds = [f"prefill {event.prompt_tokens} tokens in {event.prefill_ms:.1f} ms "
-                  f"({event.prefill_tokens_per_s:.0f} tok/s)"]  # fmt: skip
+        speed = f"in {event.prefill_ms:.1f} ms ({event.prefill_tokens_per_s:.0f} tok/s)"
+        speeds = [f"prefill {event.prompt_tokens} tokens {speed if event.prefill_ms else 'before'}"]
         if event.tokens > 1:
             speeds.append(f"decode {event.tokens} tokens ({event.decode_tokens_per_s:.0f} tok/s)")
         sys.stderr.write(f"\nanert: {', '.join(speeds)}, ended by {event.reason}\n")
