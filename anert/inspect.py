@@ -67,10 +67,11 @@ def _tensors(path: Path) -> dict[str, Any]:
 
 def _tokens(path: Path) -> dict[str, Any]:
     from anert import data
+    from anert.data import shards
     from anert.formats import llama2c
 
-    if path.is_dir():
-        return {}
+    if shards.is_shards(path):
+        return _shards(path) if path.name == shards.MANIFEST or (path / shards.MANIFEST).is_file() else {}
     if (kind := data.sniff(path)) == "text":
         return {}
     if kind == "raw":  # which anything may be
@@ -94,6 +95,20 @@ def _tokens(path: Path) -> dict[str, Any]:
         facts |= {"vocab_size": found.vocab_size, "bos_id": found.bos_id, "eos_id": found.eos_id,
                   "documents": documents, "tokenizer_hash": found.tokenizer_hash}  # fmt: skip
     return facts
+
+
+def _shards(path: Path) -> dict[str, Any]:
+    from anert.data.shards import open_shards, read_manifest
+
+    manifest, content = read_manifest(path)
+    train, val = (open_shards(path, part) for part in ("train", "val"))
+    names = ("vocab_size", "bos_id", "eos_id", "documents", "tokenizer_hash")
+    return {
+        "kind": "tokens", "format": "anert token shards", "tokens": len(train.tokens), "val_tokens": len(val.tokens),
+        "dtype": str(train.tokens.dtype), "shards": sum(f["part"] == "train" for f in content["files"]),
+        **{name: content[name] for name in names},
+        "checked": f"sizes and headers; anert verify tokens {manifest.parent} reads every byte",
+    }  # fmt: skip
 
 
 def _tokenizer(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Proofs about a training run. `resume`: a run that is interrupted and resumed has the bits of the one that is not.
+"""Proofs. `resume`: a run that is interrupted and resumed has the bits of the one that is not. `tokens`: token files
+are to the last bit what was written.
 
-What is compared: the loss, gradient norm and loss scale of every step, every validation, and at the end the sha256 of
-every weight and moment and of what else a checkpoint carries on.
+What `resume` compares: the loss, gradient norm and loss scale of every step, every validation, and at the end the
+sha256 of every weight and moment and of what else a checkpoint carries on.
 """
 
 from __future__ import annotations
@@ -203,3 +204,32 @@ def _checks(straight: Trace, interrupted: Trace, two: Trace, cuts: dict[int, str
         count = f"{len(straight.steps)} steps, {len(straight.validated)} validations, {len(straight.digests)} hashes"
         checks.append(Check(name, not wrong, wrong or f"{what} are equal: {count}"))
     return checks
+
+
+def tokens(path: Path) -> Generator[Event, None, list[Check]]:
+    """Read all of a directory of shards, or of a token file; returns the checks, a file each.
+
+    Shards: sha256 of every file against the manifest. A file of ours: every id is of its vocabulary, documents begin in
+    order. Raises InputError where header or manifest cannot be read, or the file has neither.
+    """
+    from anert.data.shards import damaged, is_shards, read_manifest
+    from anert.data.token_file import check_ids, open_tokens
+
+    if is_shards(path):
+        total, done, checks = sum(f["bytes"] for f in read_manifest(path)[1]["files"]), 0, list[Check]()
+        for name, wrong, size in damaged(path):
+            done += size
+            checks.append(Check(name, not wrong, wrong or f"{size:,} bytes, sha256 as written"))
+            yield Progress("verify", done, total, "B")
+        return checks
+    file = open_tokens(path)
+    if not file.vocab_size:
+        raise InputError(f"{path}: {file.kind} tokens, which say neither vocabulary nor checksum: nothing to verify by")
+    n, starts = len(file.tokens), file.documents
+    try:
+        check_ids(file.tokens, file.vocab_size, path)
+    except InputError as error:
+        return [Check(path.name, False, str(error))]
+    if starts is not None and (bool((starts[1:] < starts[:-1]).any()) or int(starts[-1]) > n):
+        return [Check(path.name, False, "its documents do not begin in order: damaged token file")]
+    return [Check(path.name, True, f"{n:,} ids, all of the vocabulary of {file.vocab_size:,}")]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -279,6 +280,72 @@ def test_a_directory_of_something_else_is_refused(tokenizer, stories, tmp_path):
         data.TokenDataset(out, 64, 0.1, 300, tokenizer.hash)
 
 
+def flip(path, at):
+    """Turn one bit of a file over."""
+    with open(path, "r+b") as f:
+        f.seek(at)
+        byte = f.read(1)[0]
+        f.seek(at)
+        f.write(bytes([byte ^ 8]))
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_flipped_bit_in_a_shard_is_found_and_named_and_mended(
+    tokenizer, tokenizer_file, stories, tmp_path, capsys, raw
+):
+    out, more = tmp_path / "s", ["--raw"] if raw else []
+    argv = ["tokenize", str(stories), "--tokenizer", tokenizer_file, "-o", str(out), "--shard-mb", "0.3", *more]
+    assert cli.main([*argv, "--val", "0.1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["verify", "tokens", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["ok"] and {c["id"] for c in told["checks"]} == {p.name for p in out.glob("*.bin")}
+    good = {p.name: p.read_bytes() for p in out.glob("*.bin")}
+    flip(out / "shard-00002.bin", 5000)
+    flip(out / "shard-00003.val.bin", len(good["shard-00003.val.bin"]) - 1)
+    assert len(data.open_tokens(out).tokens) > 0  # sizes and headers are right
+    assert cli.main(["verify", "tokens", str(out / "manifest.json")]) == 1
+    bad = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("BAD")]
+    assert bad == ["shard-00002.bin", "shard-00003.val.bin"]
+    assert cli.main([*argv, "--val", "0.1"]) == 0  # the same command again makes them again, and says so
+    err = capsys.readouterr().err
+    assert "shard-00002.bin: its sha256" in err and "shard-00003.val.bin: its sha256" in err
+    assert {p.name: p.read_bytes() for p in out.glob("*.bin")} == good
+    (out / "shard-00001.bin").unlink()
+    flip(out / "shard-00000.bin", 300)
+    (out / "shard-00004.bin").write_bytes(b"")
+    assert cli.main(["verify", "tokens", str(out), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    wrong = {c["id"]: c["value"] for c in told["checks"] if not c["ok"]}
+    assert wrong["shard-00001.bin"] == "missing" and "sha256" in wrong["shard-00000.bin"] and len(wrong) == 3
+
+
+def test_a_token_file_is_verified_by_what_it_says_of_itself(tokenizer, stories, tmp_path, capsys):
+    run([stories], tokenizer, tmp_path / "t.bin")
+    verify = ["verify", "tokens", str(tmp_path / "t.bin")]
+    assert cli.main(verify) == 0 and "ids, all of the vocabulary" in capsys.readouterr().out
+    flip(tmp_path / "t.bin", 257)  # the high byte of the first id
+    assert cli.main(verify) == 1 and "position 0 is past the vocabulary" in capsys.readouterr().out
+    flip(tmp_path / "t.bin", 257)
+    size = (tmp_path / "t.bin").stat().st_size
+    flip(tmp_path / "t.bin", size - 5)  # of the last document's first token
+    assert cli.main(verify) == 1 and "do not begin in order" in capsys.readouterr().out
+    (tmp_path / "raw.bin").write_bytes(bytes(range(1, 200)) + b"\0")
+    assert cli.main(["verify", "tokens", str(tmp_path / "raw.bin")]) == 2
+    assert cli.main(["verify", "tokens", str(tmp_path)]) == 2 and "without manifest.json" in capsys.readouterr().err
+    assert cli.main(["verify", "tokens", str(tmp_path / "none")]) == 2
+
+
+def test_inspect_knows_shards(tokenizer, stories, tmp_path, capsys):
+    report, _ = run([stories], tokenizer, tmp_path / "s", Options(val=0.1), shard_bytes=600_000)
+    for path in (tmp_path / "s", tmp_path / "s" / "manifest.json"):
+        assert cli.main(["inspect", str(path), "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert (told["kind"], told["format"], told["shards"]) == ("tokens", "anert token shards", 3)
+        assert (told["tokens"], told["val_tokens"]) == (report.tokens, report.val_tokens)
+        assert (told["tokenizer_hash"], told["documents"]) == (tokenizer.hash, report.documents)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -286,6 +353,11 @@ def test_a_directory_of_something_else_is_refused(tokenizer, stories, tmp_path):
         (lambda m: m.write_text("[]"), "damaged"),
         (lambda m: m.write_text(m.read_text().replace('"version": 1', '"version": 9')), "update anert"),
         (lambda m: m.with_name("shard-00000.bin").unlink(), "missing: delete shard-00000.json"),
+        (lambda m: m.write_text(m.read_text().replace('"shard-00000.bin"', '"../shard-00000.bin"')), "damaged"),
+        (lambda m: m.write_text(m.read_text().replace('"uint16"', '"O"')), "damaged"),
+        (lambda m: m.write_text(re.sub(r'"tokens": [0-9]+,', '"tokens": 7,', m.read_text())), "header is not what"),
+        (lambda m: flip(m.with_name("shard-00000.bin"), 56), "header is not what manifest.json says"),  # tokenizer
+        (lambda m: flip(m.with_name("shard-00000.bin"), 16), "its header says"),  # number of ids
         (lambda m: m.unlink(), "no manifest.json, 3 shards finished"),
         (lambda m: [p.unlink() for p in m.parent.iterdir()], "a directory without manifest.json"),
     ],
