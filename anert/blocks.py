@@ -70,11 +70,11 @@ def mixing_block(model: Decoder) -> str:
     Most blocks show it by their ops; else it is found out by a NaN at one position of three, which must not reach the
     others.
     """
-    from anert.backend.reference import evaluate
-
     for block in model.blocks:
         if columnwise(model.trace_alone(block, 7)):
             continue
+        from anert.backend.reference import evaluate
+
         fn = model.trace_alone(block, 3)
         inputs = {v.name: np.broadcast_to(np.float64(0.01), v.shape) for v in fn.inputs}
         inputs["x"] = np.where(np.arange(3) == 1, np.nan, inputs["x"])

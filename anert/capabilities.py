@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+PLATFORM: str = sys.platform
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +63,15 @@ def record_path() -> Path:
     """Where the record lies: ANERT_CAPABILITIES, else the user's application data."""
     if named := os.environ.get("ANERT_CAPABILITIES"):
         return Path(named)
-    if platform.system() == "Darwin":
+    if PLATFORM == "darwin":
         return Path.home() / "Library" / "Application Support" / "anert" / "capabilities.json"
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "anert" / "capabilities.json"
 
 
 def machine_key() -> dict[str, str]:
     """What a record is good for: this chip, this system build, this anert."""
+    import platform
+
     from anert import __version__
 
     return {
@@ -82,8 +85,10 @@ def machine_key() -> dict[str, str]:
 def _sysctl(name: str) -> str:
     """A value of macOS' sysctl; empty elsewhere."""
     tool = Path("/usr/sbin/sysctl")
-    if platform.system() != "Darwin" or not tool.exists():
+    if PLATFORM != "darwin" or not tool.exists():
         return ""
+    import subprocess
+
     done = subprocess.run([tool, "-n", name], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else ""
 

@@ -15,14 +15,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from anert import events as ev
 from anert.dist import world
 from anert.errors import InputError
-from anert.options import Job
-from anert.plugin import Plugin
 from anert.report import UI, EventLog, Json, Off, Plain, dumps, follow
+
+if TYPE_CHECKING:
+    from anert.options import Job
+    from anert.plugin import Plugin
 
 EXIT_CODES = {"steps": 0, "time": 0, "budget": 0, "interrupted": 130}
 """By RunDone.reason; any other reason is a run that failed: 1."""

@@ -30,7 +30,8 @@ def convert(source: Path, target: Path, to: str, tokenizer: str = "", arch: str 
     takes = [p for p in inspect.signature(WRITABLE[to]).parameters if p not in RESERVED]
     if surplus := sorted(given.keys() - set(takes)):
         raise InputError(f"--to {to} has no use for --{surplus[0].replace('_', '-')}: leave it out")
-    model = open_model_file(source, **({"arch": arch} if arch else {}))
+    chosen: dict[str, Any] = {"arch": arch} if arch else {}
+    model = open_model_file(source, **chosen)
     if tokenizer:
         vocabulary, vocab_size = load_tokenizer(tokenizer), model.config.get("vocab_size", 0)
         if vocabulary.vocab_size > vocab_size:

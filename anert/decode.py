@@ -30,9 +30,11 @@ from anert.runtime import Runtime
 from anert.surface import Surface, locked, shared
 
 WEIGHTS = ("fp16", "int8")
-FEW = 6
-WIDTHS = (1, 32, 256)
+WIDTHS = (1, 8, 32, 256)
 """New positions that a program takes; an engine's own least width takes the place of smaller ones."""
+THIN, FEW = 8, 24
+"""A program of up to THIN positions multiplies weights as they lie (native/gemm.c), wider ones pack them first: FEW
+positions by several thin runs cost no more than by one wide."""
 
 
 @dataclass(slots=True)
@@ -83,27 +85,37 @@ class Session:
             raise InputError(f"weights {weights!r}: expected {' or '.join(WEIGHTS)}")
         self.weights = weights
         self.caps = runtime.backend.capabilities
+        self.cached = round_up(self.capacity, self.caps.width_multiple)
+        self.position, self.kernels = 0, 0
+        self.widths: list[_Width] = []
+        self._programs: dict[str, Program] = {}
+        self._caches: dict[tuple[int, int, str], Location] = {}
+        self._scratch: dict[tuple[object, ...], Surface] = {}
+        self._tables: dict[str, np.ndarray] = {}
+        self.add_widths(widths, on_compile)
+
+    def add_widths(self, widths: Sequence[int], on_compile: Callable[[int, int], None] | None = None) -> None:
+        """Make programs for more widths. The first of them give all weights their copies; `store.sync` writes these."""
         least = self.caps.width_multiple
-        self.cached = round_up(self.capacity, least)
-        sizes = {max(least, min(round_up(w, least), self.cached)) for w in widths}
-        built = {size: build_cached_blocks(model, size, self.cached, self.caps) for size in sorted(sizes)}
+        sizes = {max(least, min(round_up(w, least), self.cached)) for w in widths} - {w.size for w in self.widths}
+        if not sizes:
+            return
+        built = {size: build_cached_blocks(self.model, size, self.cached, self.caps) for size in sorted(sizes)}
         kernels = [(k, b) for blocks in built.values() for b in blocks for k in b.forward]
-        self.kernels = len({k.text for k, _ in kernels})
-        runtime.check_memory(self._estimate(built), "the key-value cache")
+        self.runtime.check_memory(self._estimate(built), "the key-value cache")
         for i, (kernel, block) in enumerate(kernels):
             self._compile(kernel, block)
             if on_compile:
                 on_compile(i + 1, len(kernels))
-        self.position = 0
-        self._caches: dict[tuple[int, int, str], Location] = {}
-        self._scratch: dict[tuple[object, ...], Surface] = {}
-        self._tables: dict[str, np.ndarray] = {}
-        self._past = self._location("past", 1, self.cached)
-        self._mask = self._past.array()
-        with self._past.surface.access():
-            self._mask[...] = MASKED
-        self._place_head()
-        self.widths = [self._bind_width(size, blocks) for size, blocks in built.items()]
+        self.kernels = len(self._programs)
+        if not self.widths:
+            self._past = self._location("past", 1, self.cached)
+            self._mask = self._past.array()
+            with self._past.surface.access():
+                self._mask[...] = MASKED
+            self._place_head()
+        made = [self._bind_width(size, blocks) for size, blocks in built.items()]
+        self.widths = sorted([*self.widths, *made], key=lambda width: width.size)
 
     def _estimate(self, built: dict[int, list[BlockKernels]]) -> int:
         blocks = next(iter(built.values()))
@@ -123,7 +135,12 @@ class Session:
         return {s.port: self.weights for _, s in params if ffi.lib.anert_q8_bytes(s.rows, s.cols)}
 
     def _compile(self, kernel: Kernel, block: BlockKernels) -> Program:
-        return self.runtime.backend.compile(kernel.text, kernel.blobs, self._encoded(kernel, block))
+        """Its Program; `_programs` spares the backend's lookup, which hashes text and blobs, at every layer."""
+        program = self._programs.get(kernel.text)
+        if program is None:
+            program = self.runtime.backend.compile(kernel.text, kernel.blobs, self._encoded(kernel, block))
+            self._programs[kernel.text] = program
+        return program
 
     # ---- surfaces and bindings
 
@@ -260,14 +277,11 @@ class Session:
                 return width.head.logits(width.x[-1], np.array([count - 1], np.int32))[0]
 
     def _width(self, n: int) -> _Width:
-        """The narrowest program that takes n tokens, or the widest there is; a few of them one by one, since weights
-        that are read again cost less than a wide program's padding."""
-        if n <= FEW and self.widths[0].size == 1:
-            return self.widths[0]
-        for width in self.widths:
-            if width.size >= n:
-                return width
-        return self.widths[-1]
+        """The narrowest program that takes n tokens, or the widest there is; of FEW tokens the widest thin one takes
+        some."""
+        found = next((w for w in self.widths if w.size >= n), self.widths[-1])
+        thin = [w for w in self.widths if w.size <= THIN]
+        return thin[-1] if thin and found.size > THIN and n <= FEW else found
 
     def _run(self, width: _Width, ids: np.ndarray) -> None:
         n, at = ids.size, self.position
@@ -321,6 +335,11 @@ class Windowed:
         logits = net.head.logits(net.forward(padded), np.array([len(seen) - 1], np.int32))[0]
         self._seen = seen
         return logits
+
+
+def widths_for(longest: int) -> list[int]:
+    """Those of WIDTHS that run when no prompt is longer than `longest` tokens."""
+    return [width for width, past in zip(WIDTHS, (0, 1, FEW, WIDTHS[2]), strict=True) if longest > past]
 
 
 def open_session(

@@ -46,7 +46,8 @@ def evaluate(
     from anert.runtime import Runtime
     from anert.waiting import waited
 
-    model, tensors, vocabulary = open_model(plugin, Path(checkpoint), tokenizer)
+    model, tensors, load_vocabulary = open_model(plugin, Path(checkpoint), tokenizer)
+    vocabulary = load_vocabulary()
     with tempfile.TemporaryDirectory(prefix="anert-eval-") as cache:
         ids = yield from waited("tokenize", "B", lambda report: token_ids(Path(data), vocabulary, Path(cache), report))
         vocab = model.config.vocab_size
@@ -56,8 +57,7 @@ def evaluate(
             )
         rt = Runtime(backend, precision, threads=threads)
         rt.check_memory(2 * sum(s.size for s in model.specs().values()), "the weights")
-        store = ParamStore(rt.heap, rt.pool, model.specs(), train=False)
-        store.adopt(tensors)
+        store = ParamStore(rt.heap, rt.pool, model.specs(), False, tensors)
         net = Network(rt, model, store, model.config.seq_len, 1, train=False)
         store.sync()
         n = len(ids) - 1 if not tokens else min(tokens, len(ids) - 1)

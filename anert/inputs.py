@@ -105,28 +105,33 @@ def plugin_of(path: Path) -> str:
     from anert.formats import run_dir
 
     if path.name in ("last", "best") or (path.is_dir() and run_dir.sniff(path)):
-        return str(checkpoint.load(path).state.get("plugin", "stories"))
+        return str(checkpoint.load(path, hashed=False).state.get("plugin", "stories"))
     return "stories"
 
 
-def open_model(plugin: Plugin, path: Path, tokenizer: str) -> tuple[Decoder, Mapping[str, np.ndarray], Tokenizer]:
-    """The model, its weights (read when asked for) and its tokenizer, from a model file of any format."""
+def open_model(
+    plugin: Plugin, path: Path, tokenizer: str, hashed: bool = True
+) -> tuple[Decoder, Mapping[str, np.ndarray], Callable[[], Tokenizer]]:
+    """The model, its weights (read when asked for) and what loads its tokenizer, from a model file of any format.
+    hashed: see formats.open_model_file."""
     from anert.formats import open_model_file
-    from anert.tokenizer import load_tokenizer
 
-    source = open_model_file(path)
+    source = open_model_file(path, hashed)
     preset = plugin.preset(str(source.about.get("preset") or ""))
     config = _follow(preset.config, source.config, source.path)
-    if tokenizer:
-        vocabulary = load_tokenizer(Path(tokenizer))
-    elif source.tokenizer is not None:
-        vocabulary = source.tokenizer()
-    else:
+    if not tokenizer and source.tokenizer is None:
         raise InputError(f"{path} brings no tokenizer: pass --tokenizer FILE, the one that it was trained with")
-    if vocabulary.vocab_size > config.vocab_size:
-        name = tokenizer or source.tokenizer_name
-        raise InputError(f"{name} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}: another's?")
-    return preset.model(config), source.tensors, vocabulary
+
+    def load() -> Tokenizer:
+        from anert.tokenizer import load_tokenizer
+
+        vocabulary = load_tokenizer(Path(tokenizer)) if tokenizer or not source.tokenizer else source.tokenizer()
+        if vocabulary.vocab_size > config.vocab_size:
+            name = tokenizer or source.tokenizer_name
+            raise InputError(f"{name} has {vocabulary.vocab_size} tokens, the model {config.vocab_size}: another's?")
+        return vocabulary
+
+    return preset.model(config), source.tensors, load
 
 
 def _names(config: Any) -> set[str]:

@@ -16,7 +16,8 @@ def inspect(path: Path, arch: str = "") -> dict[str, Any]:
 
     found = find(path)
     if found is not None:
-        return _model(open_model_file(path, **({"arch": arch} if arch else {})), found.title, path)
+        options: dict[str, Any] = {"arch": arch} if arch else {}
+        return _model(open_model_file(path, **options), found.title, path)
     for look in (_blob, _tensors, _tokens, _tokenizer):
         if facts := look(path):
             return {"path": str(path), "bytes": size_of(path), **facts}

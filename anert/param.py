@@ -7,6 +7,7 @@ when the optimizer steps or weights are loaded, and at no other time.
 from __future__ import annotations
 
 import math
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from anert import ffi
 from anert.errors import InputError, ShapeError
 from anert.ffi import Pool, call
 from anert.kernel import Slot
-from anert.surface import Heap, Surface, locked
+from anert.surface import Heap, Surface, locked, shared
 
 Progress = Callable[[float, float], None]
 """(done, total) of something that takes a while."""
@@ -101,6 +102,16 @@ class Param:
             self._native = array
         return self._native, len(self.placements)
 
+    @property
+    def surfaces(self) -> list[Surface]:
+        """Where its copies lie."""
+        encoded = [self.encoded] if self.encoded is not None else []
+        return [*(surface for surface, _ in self.placements), *encoded]
+
+    @property
+    def copies(self) -> int:
+        return len(self.placements) + (self.encoded is not None)
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """While a native pass writes the copies: surfaces that another device shares are locked, and at the end the
@@ -119,7 +130,10 @@ class ParamStore(Mapping[str, Param]):
 
     ALIGN = 16  # fp32 elements: 64 bytes
 
-    def __init__(self, heap: Heap, pool: Pool, specs: Mapping[str, Spec], train: bool) -> None:
+    def __init__(self, heap: Heap, pool: Pool, specs: Mapping[str, Spec], train: bool,
+                 tensors: Mapping[str, np.ndarray] | None = None) -> None:  # fmt: skip
+        """tensors: weights that will not change. Then masters are views of these, where they are float32, so that a
+        mapped file is read once, on its way into the fp16 copies; InputError names what is missing or misshapen."""
         self.heap, self.pool = heap, pool
         self.offsets: dict[str, int] = {}
         at = 0
@@ -129,19 +143,27 @@ class ParamStore(Mapping[str, Param]):
             self.offsets[name] = at
             at += math.ceil(spec.size / self.ALIGN) * self.ALIGN
         self.size = at
-        self._params: dict[str, Param] = {}
-        self.master = self._buffer()
-        self.grads = self._buffer() if train else None
-        moments = (self._buffer(), self._buffer()) if train else None
-        self.flats = [self.master, *(moments or ())]
+        self.flats = [] if tensors is not None else [self._buffer() for _ in range(3 if train else 1)]
         """What a checkpoint holds: masters and, in training, both moments; flat, fp32."""
+        self.grads = self._buffer() if train else None
+        self._params: dict[str, Param] = {}
         for name, spec in specs.items():
-            p = self._params[name] = Param(name, spec, self._view(self.master, name, spec))
-            if self.grads is not None and moments is not None:
+            if tensors is not None:
+                master = np.ascontiguousarray(_tensor(tensors, name, spec), np.float32)
+            else:
+                master = self._view(self.flats[0], name, spec)
+            p = self._params[name] = Param(name, spec, master)
+            if self.grads is not None:
                 p.grad = self._view(self.grads, name, spec)
-                p.m, p.v = self._view(moments[0], name, spec), self._view(moments[1], name, spec)
+                p.m, p.v = self._view(self.flats[1], name, spec), self._view(self.flats[2], name, spec)
         self.n_params = sum(spec.size for spec in specs.values())
         self._copies: dict[tuple[str, Slot, int], Surface] = {}
+        self._ahead: _Ahead | None = None
+
+    @property
+    def master(self) -> np.ndarray:
+        """All masters, flat; a store of given tensors has none."""
+        return self.flats[0]
 
     def _buffer(self) -> np.ndarray:
         return Surface(self.heap, max(1, self.size) * 4).array(np.float32, (self.size,))
@@ -196,7 +218,7 @@ class ParamStore(Mapping[str, Param]):
         """Copy tensors of the same names and sizes into the masters. InputError names what is missing or misshapen.
         progress(weights set, all)."""
         for p in self._told(progress):
-            p.master[...] = self._tensor(tensors, p.name)
+            p.master[...] = _tensor(tensors, p.name, p.spec)
 
     def _told(self, progress: Progress | None) -> Iterator[Param]:
         """Every Param; after each, how many weights are done."""
@@ -206,23 +228,6 @@ class ParamStore(Mapping[str, Param]):
             done += p.spec.size
             if progress:
                 progress(done, self.n_params)
-
-    def adopt(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """As `load`, for weights that will not change: masters become views of the tensors where these are float32, so
-        that a mapped file is read once, on its way into the fp16 copies."""
-        for name, p in self.items():
-            p.master = np.ascontiguousarray(self._tensor(tensors, name), np.float32)
-
-    def _tensor(self, tensors: Mapping[str, np.ndarray], name: str) -> np.ndarray:
-        """The tensor of this name in its parameter's shape."""
-        if name not in tensors:
-            raise InputError(f"the checkpoint has no tensor {name!r} that this model needs")
-        source, spec = np.asarray(tensors[name]), self[name].spec
-        if source.dtype.kind not in "fiu" and source.dtype.name != "bfloat16":
-            raise InputError(f"tensor {name!r} is {source.dtype} in the checkpoint: expected floating-point numbers")
-        if source.size != spec.size:
-            raise InputError(f"tensor {name!r} is {source.shape} in the checkpoint, the model needs {spec.shape}")
-        return source.reshape(spec.shape)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Name -> master, as saved: vectors (n, 1) as (n,)."""
@@ -253,17 +258,75 @@ class ParamStore(Mapping[str, Param]):
             moment[...] = tensors[name].reshape(moment.shape)
 
     def sync(self) -> int:
-        """Write every master to its copies; returns how many weights were clamped to +-65504."""
-        clamped = ffi.ffi.new("uint64_t *")
-        total = 0
-        for p in self.values():
-            array, n = p.native
-            master = ffi.ffi.cast("float *", p.master.ctypes.data)
-            with p.writing():
-                call(ffi.lib.anert_param_sync, self.pool.ptr, master, p.rows, p.cols, array, n, clamped)
-            total += clamped[0]
+        """Write every master to its copies; returns how many weights were clamped to +-65504. After `sync_ahead`: wait
+        for that, and write those alone which have got more copies since."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return _Writing(self.pool, list(self.values())).run()
+        clamped = ahead.result()
+        return clamped + _Writing(self.pool, [p for p in self.values() if p.copies != ahead.copies[p.name]]).run()
+
+    def sync_ahead(self) -> None:
+        """Begin a `sync` on a thread of its own; whoever reads a copy calls `sync` first."""
+        self._ahead = _Ahead(self.pool, list(self.values()))
+
+
+class _Writing:
+    """Params on their way to their copies: one native call."""
+
+    def __init__(self, pool: Pool, params: Sequence[Param]) -> None:
+        self.pool, self.params = pool, params
+        self.table = ffi.ffi.new("anert_param[]", max(1, len(params)))
+        self.kept: list[object] = []
+        for item, p in zip(self.table, params, strict=False):
+            placements, n = p.native
+            master = ffi.ffi.from_buffer("float[]", p.master)
+            self.kept += [placements, master]
+            item.master, item.rows, item.cols = master, p.rows, p.cols
+            item.placements, item.n_placements = placements, n
             if p.encoded is not None:
-                dst = ffi.ffi.cast("uint8_t *", p.encoded.ptr)
-                call(ffi.lib.anert_q8_encode, self.pool.ptr, master, p.rows, p.cols, dst)
-                p.encoded.touch()
-        return total
+                item.encoded = ffi.ffi.cast("uint8_t *", p.encoded.ptr)
+
+    def run(self) -> int:
+        surfaces = [s for p in self.params for s in p.surfaces]
+        clamped = ffi.ffi.new("uint64_t *")
+        with locked(shared(surfaces)):
+            call(ffi.lib.anert_params_sync, self.pool.ptr, self.table, len(self.params), clamped)
+        for surface in surfaces:
+            surface.touch()
+        return int(clamped[0])
+
+
+class _Ahead:
+    """A _Writing on a thread. copies: by name, how many a Param had then."""
+
+    def __init__(self, pool: Pool, params: Sequence[Param]) -> None:
+        self.copies = {p.name: p.copies for p in params}
+        self._outcome: list[int | BaseException] = []
+        self._thread = threading.Thread(target=self._run, args=(_Writing(pool, params),), name="anert-sync")
+        self._thread.start()
+
+    def _run(self, writing: _Writing) -> None:
+        try:
+            self._outcome.append(writing.run())
+        except BaseException as error:  # raised again in `result`
+            self._outcome.append(error)
+
+    def result(self) -> int:
+        self._thread.join()
+        found = self._outcome[0]
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+
+def _tensor(tensors: Mapping[str, np.ndarray], name: str, spec: Spec) -> np.ndarray:
+    """The tensor of this name in its parameter's shape."""
+    if name not in tensors:
+        raise InputError(f"the checkpoint has no tensor {name!r} that this model needs")
+    source = np.asarray(tensors[name])
+    if source.dtype.kind not in "fiu" and source.dtype.name != "bfloat16":
+        raise InputError(f"tensor {name!r} is {source.dtype} in the checkpoint: expected floating-point numbers")
+    if source.size != spec.size:
+        raise InputError(f"tensor {name!r} is {source.shape} in the checkpoint, the model needs {spec.shape}")
+    return source.reshape(spec.shape)

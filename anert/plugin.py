@@ -11,11 +11,9 @@ installed package announces it (entry-point group `anert.plugins`), which is lis
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import sys
-import traceback
 import types
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
@@ -213,8 +211,7 @@ def load_file(path: Path) -> Plugin:
     except OSError as error:
         raise PluginError(f"{path}: no plugin there: {error.strerror or error}") from error
     # A dataclass looks its module up in sys.modules while its decorator runs, and so does pickle later.
-    digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    module = types.ModuleType(f"anert_plugin_{digest}_{path.stem}")
+    module = types.ModuleType(f"anert_plugin_{zlib.crc32(str(path.resolve()).encode()):08x}_{path.stem}")
     module.__file__ = str(path)
     previous = sys.modules.get(module.__name__)
     sys.modules[module.__name__] = module
@@ -264,6 +261,8 @@ def discover(targets: Iterable[str | Path] = ()) -> list[Row]:
 def suggest(name: str, known: Iterable[str], lead: str = "it has") -> str:
     """`did you mean 110m?` where a known name is near, else what there is."""
     names = [str(k) for k in known]
+    import difflib
+
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]}?"
@@ -309,6 +308,8 @@ def _guard(source: str, names: Mapping[str, Any]) -> Iterator[None]:
             raise PluginError(f"{source}: it calls sys.exit({error.code!r}) on load; a plugin only declares") from error
         if isinstance(error, SyntaxError) and error.filename == source:
             raise PluginError(f"{source}:{error.lineno}: SyntaxError: {error.msg}") from error
+        import traceback
+
         frames = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == source]
         line = f":{frames[-1]}" if frames else ""
         text = " ".join(str(error).split())

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,8 @@ from anert.ffi import Pool, call
 from anert.surface import Heap
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
     from anert.backend.baked import Baked
     from anert.backend.base import Backend, Program
     from anert.backend.plan import PlanCache
@@ -55,6 +56,8 @@ class Runtime:
         self.engine: Executor | None = None
         """What the engine's lane of a Schedule runs on; None where engine and host are the same cores."""
         if self.backend.name == "ane":
+            from concurrent.futures import ThreadPoolExecutor
+
             self.engine = ThreadPoolExecutor(1, "anert-engine")
         self.note = self._note(backend, precision, reason)
         self.layout = layout if layout != "auto" else self.backend.capabilities.layout

@@ -3,9 +3,10 @@ events, `tell` goes on with an Engine that exists."""
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -188,10 +189,10 @@ def _slid_notice(capacity: int) -> Notice:
 
 def open_engine(
     model: Decoder, tensors: Mapping[str, np.ndarray], engine: str = "mil", backend: str = "auto",
-    precision: str = "fp32", threads: int = 0, prompt: int = 0, weights: str = "fp16",
+    precision: str = "fp32", threads: int = 0, prompt: Callable[[], int] | None = None, weights: str = "fp16",
 ) -> Engine:  # fmt: skip
-    """The engine that runs a model: `mil` on a backend, `numpy` in float32 beside it. prompt: tokens of the longest
-    prompt, so that no wider program is compiled than will run; 0: unknown."""
+    """The engine that runs a model: `mil` on a backend, `numpy` in float32 beside it. prompt: counts the tokens of the
+    longest prompt, so that no wider program is compiled than will run; called while the weights are on their way."""
     if engine == "numpy":
         if weights != "fp16":
             raise InputError(f"weights {weights!r}: engine numpy has the checkpoint's own, in float32")
@@ -200,19 +201,21 @@ def open_engine(
         return NumpyLlama(model, tensors)
     if engine != "mil":
         raise InputError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
-    from anert.decode import WIDTHS, open_session
+    from anert.decode import Session, open_session, widths_for
     from anert.param import ParamStore
     from anert.runtime import Runtime
 
     rt = Runtime(backend, precision, threads=threads)
     rt.check_memory(2 * sum(s.size for s in model.specs().values()), "the weights")
-    store = ParamStore(rt.heap, rt.pool, model.specs(), train=False)
-    store.adopt(tensors)
-    slides = model.config.seq_len // 2
-    longest = max(prompt, 1) if prompt else slides
-    widths = [w for i, w in enumerate(WIDTHS) if i == 0 or WIDTHS[i - 1] < longest]
-    session = open_session(rt, model, store, widths, weights)
-    store.sync()
+    store = ParamStore(rt.heap, rt.pool, model.specs(), train=False, tensors=tensors)
+    session = open_session(rt, model, store, widths_for(1), weights)
+    if rt.engine is None:  # an engine of its own may bind programs to surfaces that a thread has locked
+        store.sync_ahead()
+    try:
+        if isinstance(session, Session):
+            session.add_widths(widths_for(prompt() if prompt else model.config.seq_len // 2))
+    finally:
+        store.sync()
     return session
 
 
@@ -240,14 +243,18 @@ def sample(
 
     samplers = [Sampler(**{**settings, "seed": settings.get("seed", 0) + i}) for i in range(num_samples)]
     limits = Limits(max_tokens, stop=tuple(stop))
-    model, tensors, vocabulary = open_model(plugin, Path(checkpoint), tokenizer)
-    n_prompt = min(len(encode_prompt(vocabulary, prompt)), model.config.seq_len)
+    model, tensors, load_vocabulary = open_model(plugin, Path(checkpoint), tokenizer, hashed=False)
+    vocabulary = functools.cache(load_vocabulary)
+
+    def n_prompt() -> int:
+        return min(len(encode_prompt(vocabulary(), prompt)), model.config.seq_len)
+
     told = open_engine(model, tensors, engine, backend, precision, threads, n_prompt, weights)
     if getattr(told, "networks", None):
         yield Notice("info", "this model mixes positions outside attention: every token runs the whole window again")
     prefix = Prefix()
     for i, sampler in enumerate(samplers):
-        yield from tell(told, vocabulary, prompt, sampler, limits, i, prefix)
+        yield from tell(told, vocabulary(), prompt, sampler, limits, i, prefix)
 
 
 def generate(checkpoint: Path | str, prompt: str, plugin: Plugin, **options: Any) -> Iterator[str]:

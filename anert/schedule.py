@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from threading import Condition
+from typing import TYPE_CHECKING
 
 from anert.surface import locked, shared
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 ENGINE, HOST = 0, 1
 """Lanes."""

@@ -26,6 +26,9 @@ SAMPLE_WIDTHS = (1, 32)
 RETRY_S = 30.0
 """Seconds until a save that the disk refused is tried again."""
 
+WAITED_MS = 1000.0
+"""Training that waited longer for a save says so, once."""
+
 LAST_TRIES = 3
 """Tries of a run's last save, a second apart."""
 
@@ -116,7 +119,7 @@ class Trainer:
         self.health = Health(options.patience, options.spike)
         self.why = self.where = self.sick = ""
         """Of the last unusable step: what was wrong and where; and what is wrong with weights that were not saved."""
-        self.ended = False
+        self.ended = self.waited = False
         self.moved = True
         """A step was usable since the run began or went back."""
         self.trained_s = 0.0
@@ -265,6 +268,10 @@ class Trainer:
             if done.best:
                 self.best_on_disk = self.saving_best
             yield Saved(done.step, str(done.path), done.best, done.ms, done.stall_ms)
+            if done.stall_ms > WAITED_MS and not (self.ended or self.waited):
+                self.waited = True
+                waited = f"training waited {done.stall_ms / 1e3:.1f} s for a save of {done.ms / 1e3:.1f} s"
+                yield Notice("warning", f"{waited}: raise --save-every")
             return
         if not isinstance(done.error, AnertError):
             raise done.error or AssertionError("a save ended with neither path nor error")

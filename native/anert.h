@@ -127,6 +127,16 @@ anert_status anert_lion(anert_pool *pool, float *master, float *m, const float *
 anert_status anert_param_sync(anert_pool *pool, const float *master, int64_t rows, int64_t cols,
                               const anert_placement *placements, int32_t n_placements, uint64_t *clamped,
                               anert_error *err);
+/* A Param as a sync writes it: its placements, and `encoded`, unless NULL, by anert_q8_encode. */
+typedef struct {
+    const float *master;
+    int64_t rows, cols;
+    const anert_placement *placements;
+    int32_t n_placements;
+    uint8_t *encoded;
+} anert_param;
+/* anert_param_sync of many, in one call. */
+anert_status anert_params_sync(anert_pool *pool, const anert_param *params, int64_t n, uint64_t *clamped, anert_error *err);
 /* Sum of squares in float64 by fixed chunks, thread-count independent; *finite is 0 if any value is inf or NaN. */
 anert_status anert_sum_squares(anert_pool *pool, const float *x, size_t n, double *out, int32_t *finite,
                                anert_error *err);

@@ -17,7 +17,8 @@ enum {
     TASKS_PER_THREAD = 4,     /* wanted, so that one late thread costs little */
     MIN_ROWS = 48,            /* below, tiles would be cut */
     MIN_COLS = 64,
-    COLUMN_BYTES = 1 << 16,   /* of A per task when n = 1 */
+    COLUMN_BYTES = 1 << 16,   /* of A per task when C is thin */
+    THIN_COLS = 8,            /* of C: more of them are worth panels of A */
     SCRATCH_SLOT = 0,
     SHARED_SLOT = 5,
     SQUARES_SLOT = 6,
@@ -25,7 +26,7 @@ enum {
     STREAMED = 1 << 18         /* elements of a gradient from which on caches would not keep it */
 };
 #define SERIAL_FLOPS 2e6 /* below, waking a thread costs more than it saves */
-#define SERIAL_BYTES 2e5 /* the same when n = 1 */
+#define SERIAL_BYTES 2e5 /* the same when C is thin */
 
 /* Packs and stores with the CPU's own vectors, multiplies with a BLAS. */
 static const gemm_kernel *blas_kernel(void) {
@@ -71,6 +72,7 @@ static const gemm_kernel *kernel_of(int32_t isa, int32_t precision, int64_t m, i
 typedef struct {
     const gemm_kernel *kernel;
     bool bf16;
+    bool thin; /* a column or a few: A is multiplied as it lies, see matvec */
     int64_t batch, m, n, k, depth; /* depth of a block of k, the last one may be shallower */
     float alpha, beta;
     anert_matrix a, b, c;
@@ -78,7 +80,7 @@ typedef struct {
     float *squares; /* NULL, or sums of squares of C by tile: (m / mr, n / nr), both rounded up */
     int64_t group_batch, group_cols;            /* of B, packed at a time */
     int64_t first_batch, batches, first_col, cols; /* the group that is being computed */
-    float *b_panels;                            /* (batch, block of k, panel) */
+    float *b_panels;                            /* (batch, block of k, panel); C thin: (batch, n, k), unless n = 1 */
     int32_t threads;
     int64_t task_rows, task_cols, row_tasks, col_tasks, tasks;
     size_t scratch; /* bytes per thread, without shared panels */
@@ -137,7 +139,8 @@ static int64_t columns_in(const gemm_kernel *kernel, int64_t k, int64_t most) {
 /* Per thread, without panels of B. Grows with k alone. */
 static size_t task_scratch(const gemm_kernel *kernel, int64_t k) {
     int64_t words = block_words(kernel, MIN(MAX(k, 1) + 16 * kernel->pair, kernel->kc));
-    return (size_t)MAX(kernel->product + a_words(kernel, words) + sum_words(kernel, k), k + column_rows(k) + 128) * sizeof(float);
+    int64_t thin = k + FEW_COLS * (column_rows(k) + 128);
+    return (size_t)MAX(kernel->product + a_words(kernel, words) + sum_words(kernel, k), thin) * sizeof(float);
 }
 
 /* ---- One task ---- */
@@ -156,11 +159,25 @@ static float *b_panel(const problem *p, int64_t batch, int64_t block, int64_t co
 static int64_t pack_cols(const problem *p) { return ROUND_UP(PACK_COLS, p->kernel->nr); }
 
 static int64_t pack_tasks(const problem *p) {
+    if (p->thin)
+        return p->n == 1 ? 0 : p->batches * p->n;
     return p->batches * blocks_of(p->k, p->depth) * divide_up(p->cols, pack_cols(p));
 }
 
-/* Some columns of B in one block of k. */
+static gemm_operand column_of(const problem *p, int64_t batch, int64_t col) {
+    return rows_of(p, transposed(p->b), batch, col, 1, 0);
+}
+
+/* Some columns of B in one block of k; C thin: one whole column. */
 static void pack_columns(const problem *p, int64_t index) {
+    if (p->thin) {
+        gemm_operand b = column_of(p, p->first_batch + index / p->n, index % p->n);
+        float *to = p->b_panels + index * p->k;
+        const float *column = p->kernel->column(&b, p->k, to);
+        if (column != to)
+            memcpy(to, column, (size_t)p->k * sizeof *to);
+        return;
+    }
     int64_t parts = divide_up(p->cols, pack_cols(p)), blocks = blocks_of(p->k, p->depth);
     int64_t col = index % parts * pack_cols(p), block = index / parts % blocks, batch = index / parts / blocks;
     int64_t k = block * p->depth, depth = MIN(p->depth, p->k - k);
@@ -228,21 +245,22 @@ static void multiply_block(const problem *p, int64_t batch, int64_t row, int64_t
     }
 }
 
-static void multiply_column(const problem *p, int64_t batch, int64_t row, void *scratch) {
-    int64_t rows = MIN(p->task_rows, p->m - row);
-    float *sums = scratch, *copy = sums + ROUND_UP(p->task_rows, 16) + 64;
-    gemm_operand a = rows_of(p, p->a, batch, row, p->m - row, 0);
-    gemm_operand b = rows_of(p, transposed(p->b), batch, 0, 1, 0);
-    gemm_out out = {.alpha = p->alpha, .beta = p->beta, .c = at(p->c, batch, row, 0), .dtype = p->c.dtype,
-                    .row_stride = p->c.row_stride};
-    p->kernel->matvec(&a, rows, p->k, p->kernel->column(&b, p->k, copy), sums, &out);
+/* batch: within the group. */
+static void multiply_thin(const problem *p, int64_t batch, int64_t row, void *scratch) {
+    int64_t rows = MIN(p->task_rows, p->m - row), at_batch = p->first_batch + batch;
+    float *sums = scratch, *copy = sums + FEW_COLS * (ROUND_UP(p->task_rows, 16) + 64);
+    gemm_operand a = rows_of(p, p->a, at_batch, row, p->m - row, 0), b = column_of(p, at_batch, 0);
+    const float *x = p->n == 1 ? p->kernel->column(&b, p->k, copy) : p->b_panels + batch * p->n * p->k;
+    gemm_out out = {.alpha = p->alpha, .beta = p->beta, .c = at(p->c, at_batch, row, 0), .dtype = p->c.dtype,
+                    .row_stride = p->c.row_stride, .col_stride = p->c.col_stride, .cols = p->n};
+    p->kernel->matvec(&a, rows, p->k, x, sums, &out);
 }
 
 static void run_task(const problem *p, int64_t index, void *scratch) {
     int64_t batch = index / (p->row_tasks * p->col_tasks), block = index % (p->row_tasks * p->col_tasks);
     int64_t row = block % p->row_tasks * p->task_rows, col = block / p->row_tasks * p->task_cols;
-    if (p->n == 1) {
-        multiply_column(p, p->first_batch + batch, row, scratch);
+    if (p->thin) {
+        multiply_thin(p, batch, row, scratch);
         return;
     }
     if (p->kernel->begin != NULL)
@@ -265,9 +283,9 @@ static void cut(problem *p, int32_t threads) {
     const gemm_kernel *kernel = p->kernel;
     int64_t wanted = threads > 1 ? (int64_t)threads * TASKS_PER_THREAD : 1;
     int64_t rows = TASK_ROWS, cols = TASK_COLS;
-    if (p->n == 1) {
+    if (p->thin) {
         p->task_rows = column_rows(p->k);
-        p->task_cols = 1;
+        p->task_cols = p->n;
     } else {
         for (;;) {
             p->task_rows = even_part(p->m, rows, kernel->mr);
@@ -290,14 +308,19 @@ static void cut(problem *p, int32_t threads) {
 /* Groups of whole batches, or of some columns of one, whose panels of B fill at most `most` words. */
 static void group(problem *p, int64_t most) {
     int64_t one = b_words(p->kernel, p->k, p->n);
-    p->group_cols = p->n == 1 ? 1 : even_part(p->n, columns_in(p->kernel, p->k, most), p->kernel->nr);
-    p->group_batch = p->n == 1 ? p->batch : p->group_cols < p->n ? 1 : MIN(MAX(most / one, 1), p->batch);
+    p->group_cols = p->thin ? p->n : even_part(p->n, columns_in(p->kernel, p->k, most), p->kernel->nr);
+    if (p->n == 1)
+        p->group_batch = p->batch;
+    else if (p->thin)
+        p->group_batch = MIN(MAX(most / MAX(p->n * p->k, 1), 1), p->batch);
+    else
+        p->group_batch = p->group_cols < p->n ? 1 : MIN(MAX(most / one, 1), p->batch);
     p->scratch = task_scratch(p->kernel, p->k);
 }
 
 static size_t shared_bytes(const problem *p) {
-    if (p->n == 1)
-        return 0;
+    if (p->thin)
+        return p->n == 1 ? 0 : (size_t)(p->group_batch * p->n * p->k) * sizeof(float);
     return (size_t)(p->group_batch * b_words(p->kernel, p->k, p->group_cols)) * sizeof(float);
 }
 
@@ -323,7 +346,8 @@ static problem oriented(const gemm_kernel *kernel, int32_t precision, int64_t ba
                         float alpha, anert_matrix a, anert_matrix b, float beta, anert_matrix c) {
     problem p = {.kernel = kernel, .bf16 = precision == ANERT_BF16, .batch = batch, .m = m, .n = n, .k = k, .alpha = alpha,
                  .beta = beta, .a = a, .b = b, .c = c, .depth = block_depth(kernel, k)};
-    if (n != 1 && (m == 1 || (c.col_stride != 1 && c.row_stride == 1))) {
+    p.thin = n <= THIN_COLS || m == 1; /* by the shape alone: bits do not depend on strides */
+    if (n > THIN_COLS && (m == 1 || (c.col_stride != 1 && c.row_stride == 1))) {
         p.m = n, p.n = m;
         p.a = transposed(b), p.b = transposed(a), p.c = transposed(c);
     }
@@ -331,7 +355,7 @@ static problem oriented(const gemm_kernel *kernel, int32_t precision, int64_t ba
 }
 
 static size_t serial_scratch(const gemm_kernel *kernel, int64_t k) {
-    int64_t panels = MAX(SERIAL_WORDS, b_words(kernel, k + 16 * kernel->pair, kernel->nr)) + 16;
+    int64_t panels = MAX(MAX(SERIAL_WORDS, b_words(kernel, k + 16 * kernel->pair, kernel->nr)), THIN_COLS * k) + 16;
     return (size_t)ROUND_UP(panels, 16) * sizeof(float) + task_scratch(kernel, k);
 }
 
@@ -350,7 +374,7 @@ void anert_gemm_serial(int32_t isa, int32_t precision, int64_t m, int64_t n, int
     char *rest = (char *)scratch + ROUND_UP(shared_bytes(&p), 64);
     while (next_group(&p)) {
         cut(&p, 1);
-        for (int64_t i = 0; p.n != 1 && i < pack_tasks(&p); i++)
+        for (int64_t i = 0; i < pack_tasks(&p); i++)
             pack_columns(&p, i);
         for (int64_t i = 0; i < p.tasks; i++)
             run_task(&p, i, rest);
@@ -450,7 +474,7 @@ static anert_status check(anert_pool *pool, int32_t precision, int64_t batch, in
 /* Worth a second thread? */
 static bool is_large(const problem *p) {
     double size = (double)p->batch * (double)p->m * (double)p->k;
-    if (p->n == 1)
+    if (p->thin)
         return size * (p->a.dtype == ANERT_F32 ? 4 : 2) > SERIAL_BYTES;
     return 2.0 * size * (double)p->n > SERIAL_FLOPS;
 }
@@ -469,7 +493,7 @@ static anert_status multiply(problem *p, anert_pool *pool, anert_error *err) {
         status = anert_fail(err, ANERT_ENOMEM, "gemm: no memory for %zu bytes of panels", shared_bytes(p));
     while (status == ANERT_OK && next_group(p)) {
         cut(p, threads);
-        if (p->n != 1)
+        if (pack_tasks(p) > 0)
             for_each(p, threads, pack_tasks(p), pack_body);
         for_each(p, threads, p->tasks, gemm_body);
     }
@@ -509,7 +533,7 @@ anert_status anert_gemm_grad(anert_pool *pool, int32_t precision, int64_t m, int
     problem p = oriented(kernel_of(anert_pool_isa(pool), precision, m, n), precision, 1, m, n, k, alpha, a, b, beta, c);
     int64_t tiles = divide_up(p.m, p.kernel->mr) * divide_up(p.n, p.kernel->nr);
     anert_pool_enter(pool);
-    if (p.n != 1) {
+    if (!p.thin) {
         p.squares = anert_pool_scratch(pool, 0, SQUARES_SLOT, (size_t)tiles * sizeof(float));
         if (p.squares == NULL)
             status = anert_fail(err, ANERT_ENOMEM, "gemm: no memory for %lld sums of squares", (long long)tiles);
@@ -517,9 +541,9 @@ anert_status anert_gemm_grad(anert_pool *pool, int32_t precision, int64_t m, int
     }
     if (status == ANERT_OK)
         status = multiply(&p, pool, err);
-    if (status == ANERT_OK && p.n == 1)
+    if (status == ANERT_OK && p.thin)
         *squares = sum_of_squares(dw, m * n);
-    for (int64_t i = 0; status == ANERT_OK && p.n != 1 && i < tiles; i++)
+    for (int64_t i = 0; status == ANERT_OK && !p.thin && i < tiles; i++)
         *squares += (double)p.squares[i];
     anert_pool_leave(pool);
     return status;

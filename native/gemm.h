@@ -2,7 +2,7 @@
  *
  * One definition of the result for all of them. k is cut into blocks of equal depth, as few as kc allows. Within a block
  * an element's products are added one by one in order of k, the blocks' sums are then added in order. So the bits of C
- * depend on the kernel and k alone. A column (n = 1) is added differently, see matvec. */
+ * depend on the kernel and k alone. A column, or a few, are added differently, see matvec. */
 #ifndef ANERT_GEMM_H
 #define ANERT_GEMM_H
 #include "internal.h"
@@ -50,6 +50,8 @@ typedef struct {
     bool stream;    /* C is written past the caches: F32, aligned to 64 bytes, beta 0 */
 } gemm_out;
 
+enum { FEW_COLS = 4 };
+
 /* 32-bit words of a panel. The slack takes what a vector store writes past the panel's last row. */
 static inline int64_t panel_size(int64_t width, int64_t words) { return width * words + 16; }
 
@@ -66,8 +68,9 @@ typedef struct {
     void (*pack_b)(const gemm_operand *x, int64_t count, int64_t depth, float *panels);
     /* One register tile from a panel of A and a panel of B, `words` deep. */
     void (*tile)(int64_t words, const float *a, const float *b, const gemm_out *out);
-    /* C = beta C + alpha w x for `rows` rows of w and one column: 2 VL running sums per row, element k into sum
-     * k mod 2 VL, added up by halves; the same bits at any strides. sums: rows + 64 fp32. x: fp32, rounded already. */
+    /* C = beta C + alpha w x for `rows` rows of w and out->cols columns, one behind the other: 2 VL running sums per row and
+     * column, element k into sum k mod 2 VL, added up by halves; the same bits at any strides and beside any other column.
+     * w that is contiguous along k is read once for FEW_COLS of them. sums: (FEW_COLS, rows + 64). x: fp32, rounded already. */
     void (*matvec)(const gemm_operand *w, int64_t rows, int64_t k, const float *x, float *sums, const gemm_out *out);
     /* The k elements of a column as contiguous fp32: x itself, or a copy in `copy`. */
     const float *(*column)(const gemm_operand *x, int64_t k, float *copy);

@@ -243,29 +243,47 @@ VEC_FN const float *column(const gemm_operand *x, int64_t k, float *copy) {
     return copy;
 }
 
-/* Rows contiguous along k, two at a time. */
-VEC_INLINE void dot_rows(const gemm_operand *w, int64_t rows, int64_t k, const float *x, float *sums, int32_t dtype,
-                         bool bf16) {
+/* Rows contiguous along k, two at a time, times `cols` columns that lie k apart. */
+VEC_INLINE void dot_rows_by(int cols, const gemm_operand *w, int64_t rows, int64_t k, const float *x, float *sums, int32_t dtype,
+                            bool bf16) {
     for (int64_t r = 0; r < rows; r += 2) {
         int64_t start[2] = {r * w->stride, MIN(r + 1, rows - 1) * w->stride}, i = 0;
-        vf lanes[2][2] = {{vf_zero(), vf_zero()}, {vf_zero(), vf_zero()}};
+        vf lanes[2][2][FEW_COLS];
+        for (int c = 0; c < cols; c++)
+            lanes[0][0][c] = lanes[0][1][c] = lanes[1][0][c] = lanes[1][1][c] = vf_zero();
         for (; i + LANES <= k; i += LANES)
             for (int j = 0; j < 2; j++) {
                 __builtin_prefetch((const char *)w->data + (size_t)(start[j] + i) * dtype_size(dtype) + AHEAD);
-                for (int h = 0; h < 2; h++)
-                    lanes[j][h] = vf_fma(load_rounded(w->data, start[j] + i + h * VL, dtype, bf16), vf_load(x + i + h * VL),
-                                         lanes[j][h]);
+                for (int h = 0; h < 2; h++) {
+                    vf left = load_rounded(w->data, start[j] + i + h * VL, dtype, bf16);
+                    for (int c = 0; c < cols; c++)
+                        lanes[j][h][c] = vf_fma(left, vf_load(x + c * k + i + h * VL), lanes[j][h][c]);
+                }
             }
         for (int h = 0; i < k; h++, i += VL) {
             int64_t n = MIN(k - i, VL);
-            vf right = n == VL ? vf_load(x + i) : vf_load_part(x, i, ANERT_F32, n);
             for (int j = 0; j < 2; j++) {
                 vf left = n == VL ? vf_load_as(w->data, start[j] + i, dtype) : vf_load_part(w->data, start[j] + i, dtype, n);
-                lanes[j][h] = vf_fma(bf16 ? vf_round_bf16(left) : left, right, lanes[j][h]);
+                left = bf16 ? vf_round_bf16(left) : left;
+                for (int c = 0; c < cols; c++) {
+                    vf right = n == VL ? vf_load(x + c * k + i) : vf_load_part(x + c * k, i, ANERT_F32, n);
+                    lanes[j][h][c] = vf_fma(left, right, lanes[j][h][c]);
+                }
             }
         }
-        sums[r] = vf_sum(vf_add(lanes[0][0], lanes[0][1]));
-        sums[r + 1] = vf_sum(vf_add(lanes[1][0], lanes[1][1]));
+        for (int c = 0; c < cols; c++)
+            for (int j = 0; j < 2; j++)
+                sums[c * (rows + 64) + r + j] = vf_sum(vf_add(lanes[j][0][c], lanes[j][1][c]));
+    }
+}
+
+VEC_INLINE void dot_rows(const gemm_operand *w, int64_t cols, int64_t rows, int64_t k, const float *x, float *sums, int32_t dtype,
+                         bool bf16) {
+    switch (cols) {
+    case 1: dot_rows_by(1, w, rows, k, x, sums, dtype, bf16); break;
+    case 2: dot_rows_by(2, w, rows, k, x, sums, dtype, bf16); break;
+    case 3: dot_rows_by(3, w, rows, k, x, sums, dtype, bf16); break;
+    default: dot_rows_by(FEW_COLS, w, rows, k, x, sums, dtype, bf16);
     }
 }
 
@@ -312,20 +330,27 @@ VEC_FN void dot_strided(const gemm_operand *w, int64_t rows, int64_t k, const fl
     }
 }
 
-VEC_FN void matvec(const gemm_operand *w, int64_t rows, int64_t k, const float *x, float *sums, const gemm_out *out) {
-    if (w->k_stride == 1)
-        FOR_DTYPE(w, dot_rows, rows, k, x, sums);
-    else if (w->stride == 1)
-        FOR_DTYPE(w, add_columns, rows, k, x, sums);
-    else
-        dot_strided(w, rows, k, x, sums);
+VEC_INLINE void store_column(int64_t rows, float *sums, const gemm_out *out, int64_t col) {
     gemm_out part = *out;
     part.rows = 1;
     part.col_stride = out->row_stride; /* the column lies along a tile's row */
     for (int64_t r = 0; r < rows; r += VL) {
-        float *tile_row = sums + r;
         part.cols = MIN(rows - r, VL);
-        part.c = (char *)out->c + (size_t)(r * out->row_stride) * dtype_size(out->dtype);
-        store_edge(tile_row, &part);
+        part.c = (char *)out->c + (size_t)(r * out->row_stride + col * out->col_stride) * dtype_size(out->dtype);
+        store_edge(sums + r, &part);
+    }
+}
+
+VEC_FN void matvec(const gemm_operand *w, int64_t rows, int64_t k, const float *x, float *sums, const gemm_out *out) {
+    for (int64_t col = 0, cols; col < out->cols; col += cols, x += cols * k) {
+        cols = w->k_stride == 1 ? MIN(out->cols - col, FEW_COLS) : 1;
+        if (w->k_stride == 1)
+            FOR_DTYPE(w, dot_rows, cols, rows, k, x, sums);
+        else if (w->stride == 1)
+            FOR_DTYPE(w, add_columns, rows, k, x, sums);
+        else
+            dot_strided(w, rows, k, x, sums);
+        for (int64_t c = 0; c < cols; c++)
+            store_column(rows, sums + c * (rows + 64), out, col + c);
     }
 }

@@ -96,17 +96,17 @@ def test_rounds_interleave_the_cases() -> None:
 
 
 def test_times_rates_and_ratios() -> None:
-    slow = Case("slow", sleeper(0.04), "tok/s", 100.0)
-    fast = Case("fast", sleeper(0.02), "tok/s", 100.0, baseline="slow", flops=2e9, nbytes=1e6)
+    slow = Case("slow", sleeper(0.12), "tok/s", 100.0)
+    fast = Case("fast", sleeper(0.06), "tok/s", 100.0, baseline="slow", flops=2e9, nbytes=1e6)
     a, b = results(slow, fast)
     assert a.ratio is None and b.baseline == "slow" and 1.7 < b.ratio < 2.3  # type: ignore[operator]
-    assert 2000 < a.median < 2550 and a.p10 <= a.median <= a.p90 and a.n == 5
+    assert 600 < a.median < 850 and a.p10 <= a.median <= a.p90 and a.n == 5
     assert b.tflops == pytest.approx(2e9 / (100 / b.median) / 1e12) and b.gbps == pytest.approx(
         b.median * 1e6 / 100 / 1e9
     )
-    slow, fast = Case("slow", sleeper(0.04)), Case("fast", sleeper(0.02), baseline="slow")
+    slow, fast = Case("slow", sleeper(0.12)), Case("fast", sleeper(0.06), baseline="slow")
     a, b = results(slow, fast)
-    assert 39 < a.median < 60 and 1.7 < b.ratio < 2.3  # type: ignore[operator]
+    assert 119 < a.median < 180 and 1.7 < b.ratio < 2.3  # type: ignore[operator]
 
 
 def test_disturbed_timings_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,3 +310,15 @@ def test_kill_at_any_moment(tmp_path, seed):
     assert checkpoint.load(tmp_path / "best").step % 3 == 0
     save(tmp_path, found.step + 1)
     assert not [n for n in names(tmp_path) if n.startswith(".")]
+
+
+def test_a_checkpoint_for_its_weights_alone_is_measured_not_hashed(tmp_path):
+    """Sampling takes the newest step whose files have their sizes: a sha256 of the weights takes longer than to read
+    them."""
+    old, new = save(tmp_path, 1), save(tmp_path, 2)
+    flip(new / "model.safetensors", -3)
+    assert checkpoint.load(tmp_path).path == old
+    assert checkpoint.load(tmp_path, hashed=False).path == new
+    os.truncate(new / "model.safetensors", 100)
+    found = checkpoint.load(tmp_path, hashed=False)
+    assert found.path == old and "truncated" in found.skipped[0][1]

@@ -407,12 +407,13 @@ def test_one_signal_saves_and_exits_130(number: signal.Signals, fake: str) -> No
 
 
 def test_a_second_signal_exits_at_once(fake: str) -> None:
-    process = spawn("run", fake, "--data", "stuck", "--ui", "off")
+    process = spawn("run", fake, "--data", "stuck", "--json")
     assert process.stderr is not None
     while "stepping" not in process.stderr.readline():
         pass
     process.send_signal(signal.SIGINT)
-    time.sleep(0.3)
+    while "again quits at once" not in process.stderr.readline():
+        pass
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)

@@ -14,8 +14,9 @@ from anert.backend.cpu import CpuBackend
 from anert.backend.reference import ReferenceBackend
 from anert.blocks import build_cached_blocks, columnwise, mixing_block
 from anert.capabilities import ANE
-from anert.decode import Session, Windowed, open_session
+from anert.decode import WIDTHS, Session, Windowed, open_session, widths_for
 from anert.errors import CompileError, InputError, StateError, UnsupportedError
+from anert.kernel import Slot
 from anert.mil import ops
 from anert.mil.lint import lint
 from anert.mil.text import parse
@@ -123,7 +124,7 @@ def test_nothing_compiles_after_the_start(model):
     rt = Runtime("cpu", "fp32")
     _, session = opened(model, rt)
     compiled = rt.backend.compiles
-    assert compiled == session.kernels == 6
+    assert compiled == session.kernels == 2 * len(WIDTHS)
     session.extend(list(range(40)))
     session.extend([1])
     assert rt.backend.compiles == compiled
@@ -237,3 +238,47 @@ def test_such_a_model_runs_by_windows(mixing):
         engine.rewind(9)
     with pytest.raises(UnsupportedError, match="block 'shifted' mixes positions"):
         open_session(rt, mixing, store, weights="int8")
+
+
+def test_weights_written_ahead_are_those_of_a_plain_sync(model):
+    """Copies that came to be while the thread was writing are written too."""
+    rt = Runtime("cpu", "fp32")
+    tensors = {n: np.random.default_rng(1).standard_normal(s.shape, np.float32) for n, s in model.specs().items()}
+    logits = []
+    for ahead in (False, True):
+        store = ParamStore(rt.heap, rt.pool, model.specs(), False, tensors)
+        session = Session(rt, model, store, widths=(1,))
+        if ahead:
+            store.sync_ahead()
+        session.add_widths(WIDTHS)
+        net = Network(
+            rt, model, store, SEQ_LEN, 1, train=False
+        )  # other surfaces for the same weights, where it has any
+        store.copy_of("norm", Slot("x", model.config.dim, 1, 0, 4, 1, 4), 8 * model.config.dim, rt.backend.surface)
+        store.sync()
+        assert (
+            store["norm"].placements[-1][0].array().reshape(-1, 4).T.tolist()
+            == [tensors["norm"][:, 0].astype(np.float16).tolist()] * 4
+        )
+        tokens = np.arange(SEQ_LEN, dtype=np.int32)
+        logits += [session.extend(tokens[:20]), net.head.logits(net.forward(tokens), np.array([19], np.int32))[0]]
+    assert logits[0].tobytes() == logits[2].tobytes() and logits[1].tobytes() == logits[3].tobytes()
+
+
+def test_what_fails_on_the_way_is_raised_by_sync(model, monkeypatch):
+    rt = Runtime("cpu", "fp32")
+    store, _ = opened(model, rt)
+    store["norm"].placements.append((rt.backend.surface(64), Slot("x", 64, 1, 0, -1, 1)))
+    store["norm"]._native = None
+    store.sync_ahead()
+    with pytest.raises(InputError, match="no negative stride"):
+        store.sync()
+
+
+@pytest.mark.parametrize(
+    ("longest", "expected"), [(1, [1]), (2, [1, 8]), (24, [1, 8]), (25, [1, 8, 32]), (33, list(WIDTHS))]
+)
+def test_no_wider_program_than_a_prompt_needs(longest, expected, model):
+    assert widths_for(longest) == expected
+    _, session = opened(model, Runtime("cpu", "fp32"))
+    assert {session._width(n).size for n in range(1, longest + 1)} == {min(w, SEQ_LEN) for w in expected}

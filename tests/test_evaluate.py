@@ -34,7 +34,8 @@ def paths(shared_data, tmp_path):
 
 def oracle(paths) -> tuple[float, int]:
     """Mean loss by NumPy, one position after another, in windows of 512."""
-    model, tensors, tokenizer = open_model(load(STORIES), paths[0], str(paths[1]))
+    model, tensors, load_tokenizer = open_model(load(STORIES), paths[0], str(paths[1]))
+    tokenizer = load_tokenizer()
     ids = [
         t for part in (TEXT * 9).split("<|endoftext|>") if part.strip() for t in tokenizer.encode(part.strip(), True)
     ]

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,20 @@ def test_a_disk_that_goes_on_refusing_is_not_asked_at_every_save(text, tmp_path,
     found = list(trainer(text, tmp_path / "run", steps=30, eval_every=5).run())
     said = [t for t in notices(found) if "is not saved: the disk is full; training goes on, next try in 30 s" in t]
     assert len(said) == 1 and found[-1].reason == "unsaved"
+
+
+def test_saves_that_take_longer_than_the_steps_between_them_are_said_so(text, tmp_path, monkeypatch):
+    real = checkpoint.save
+
+    def slow(*args, **kwargs):
+        time.sleep(0.2)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(train, "WAITED_MS", 20.0)
+    said = [t for t in notices(trainer(text, tmp_path / "often", steps=8, save_every=2).run()) if "--save-every" in t]
+    assert len(said) == 1 and said[0].startswith("training waited 0."), said
+    assert not [t for t in notices(trainer(text, tmp_path / "once", steps=8, save_every=0).run()) if "waited" in t]
 
 
 @pytest.mark.parametrize("out", ["file", "file/run"])

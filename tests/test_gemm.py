@@ -467,3 +467,19 @@ def test_a_gradient_needs_somewhere_for_its_squares(pools):
     with pytest.raises(InputError, match="squares is NULL"):
         ffi.call(ffi.lib.anert_gemm_grad, pools["scalar", 1].ptr, F32, 4, 4, 4, 1.0, held, held, 0.0,
                  ffi.ffi.cast("float *", np.zeros((4, 4), np.float32).ctypes.data), ffi.ffi.NULL)  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ffi.isas())
+@pytest.mark.parametrize("precision", [F32, BF16])
+@pytest.mark.parametrize("layout", ["rows", "cols", "strided"])
+def test_a_few_columns_have_the_bits_of_one_by_one(pools, isa, precision, layout):
+    """Up to eight columns are multiplied by A as it lies: a token's products do not depend on the prompt around it."""
+    rng = np.random.default_rng(8)
+    for m, k, n in ((33, 70, 2), (130, 333, 5), (64, 96, 8), (1, 40, 7)):
+        a = laid_out(narrow(rng.standard_normal((2, m, k), np.float32), F16), layout)
+        b = rng.standard_normal((2, k, n), np.float32)
+        whole = gemm(pools[isa, 2], a, b, np.zeros((2, m, n), np.float32), (F16, F32, F32), precision)
+        for j in range(n):
+            one = np.zeros((2, m, 1), np.float32)
+            gemm(pools[isa, 1], a, np.ascontiguousarray(b[:, :, j : j + 1]), one, (F16, F32, F32), precision)
+            assert one.tobytes() == np.ascontiguousarray(whole[:, :, j : j + 1]).tobytes()

@@ -30,13 +30,13 @@ def stories():
 def real(stories, shared_data):
     """(network of 512 positions, tokenizer) of the checkpoint."""
     folder = shared_data / "llama2c"
-    model, tensors, tokenizer = open_model(stories, folder / "stories260K.bin", str(folder / "tok512.bin"))
+    model, tensors, load_tokenizer = open_model(stories, folder / "stories260K.bin", str(folder / "tok512.bin"))
     rt = Runtime("cpu", "fp32")
     store = ParamStore(rt.heap, rt.pool, model.specs(), train=False)
     store.load(tensors)
     net = Network(rt, model, store, 512, 1, train=False)
     store.sync()
-    return net, tokenizer
+    return net, load_tokenizer()
 
 
 def test_logits_equal_transformers(real, shared_data):

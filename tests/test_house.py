@@ -7,6 +7,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -250,3 +251,12 @@ def test_help_answers_at_once() -> None:
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert statistics.median(times) < 0.2, times
+
+
+def test_every_dependency_is_bounded() -> None:
+    """By the next major at most: what nobody has tried is not installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"].values()
+    found = [*project["build-system"]["requires"], *project["project"]["dependencies"], *(r for e in extras for r in e)]
+    assert len(found) >= 20
+    assert [r for r in found if not re.search(r">=[\d.]+,<\d+(;|$)|==[\d.]+$", r.replace(" ", ""))] == []

@@ -57,11 +57,11 @@ def test_two_threads_on_one_binding() -> None:
     """One run in flight: the other thread is refused, and the result is that of one run."""
     backend = CpuBackend(Pool(1))
     surfaces, binding = bound(backend, program(backend, 256, 40))
-    refused, begun = [], threading.Barrier(4)
+    refused, begun, end = [], threading.Barrier(4), time.monotonic() + 60
 
     def run() -> None:
         begun.wait()
-        for _ in range(20):
+        while not refused and time.monotonic() < end:  # until two have met
             try:
                 binding.run()  # type: ignore[attr-defined]
             except StateError as error:
@@ -91,11 +91,8 @@ def test_running_while_a_port_is_locked(kind: type) -> None:
 
 def test_locks_are_refused_not_waited_for() -> None:
     surface = Surface(Heap(), 64)
-    with surface.lock():
-        start = time.perf_counter()
-        with pytest.raises(StateError), surface.lock(read_only=True):
-            pass
-        assert time.perf_counter() - start < 1
+    with surface.lock(), pytest.raises(StateError), surface.lock(read_only=True):  # waiting would be for ever
+        pass
     with surface.lock(read_only=True), pytest.raises(StateError), surface.lock():
         pass
 

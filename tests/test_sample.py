@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ After they finished getting, Timmy's dad came up to his house and promised to he
 def real(shared_data):
     """(model, tensors, tokenizer) of stories260K."""
     folder = shared_data / "llama2c"
-    return open_model(load(STORIES), folder / "stories260K.bin", str(folder / "tok512.bin"))
+    model, tensors, load_tokenizer = open_model(load(STORIES), folder / "stories260K.bin", str(folder / "tok512.bin"))
+    return model, tensors, load_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -344,3 +346,24 @@ def test_bad_prompts(base, capsys, tmp_path):
     truncated.write_bytes(Path(base[1]).read_bytes()[:1000])
     code, _, err = run(capsys, "sample", str(truncated), *base[2:])
     assert code == 2 and str(truncated) in err
+
+
+def test_sampling_holds_the_weights_in_fp16_alone():
+    """No fp32 copy of them, no optimizer state: masters are the tensors that were read."""
+    preset = load(STORIES).preset("15m")
+    model = preset.model(preset.config)
+    rng = np.random.default_rng(0)
+    tensors = {n: rng.standard_normal(s.shape, np.float32) * np.float32(0.02) for n, s in model.specs().items()}
+    n_params = sum(t.size for t in tensors.values())
+    tracemalloc.start()
+    try:
+        session = open_engine(model, tensors, backend="cpu", prompt=lambda: 5)
+        session.extend([1, 2, 3, 4, 5])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    store = session.store
+    assert store.grads is None and store.flats == []
+    assert all(np.shares_memory(p.master, tensors[name]) for name, p in store.items())
+    assert peak < n_params, "NumPy and Python hold less than a byte a weight: no copy of them"
+    assert session.runtime.heap.nbytes < 3 * n_params + session.cache_bytes, "two bytes a weight, and little else"

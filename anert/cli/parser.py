@@ -46,15 +46,20 @@ def normalized(argv: Iterable[str]) -> list[str]:
 
 def reader(read: Any, low: float = 0) -> Any:
     """An argparse type: `read`, with what it expects in the message, and numbers no lower than `low`."""
-    from anert.options import kind
 
     def checked(text: str) -> Any:
         try:
             value = read(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {kind(read)}, got {text!r}") from None
+            raise argparse.ArgumentTypeError(f"expected {_kind(read)}, got {text!r}") from None
         if isinstance(value, (int, float)) and not value >= low:
-            raise argparse.ArgumentTypeError(f"expected {kind(read)} of at least {low}, got {text}")
+            raise argparse.ArgumentTypeError(f"expected {_kind(read)} of at least {low}, got {text}")
         return value
 
     return checked
+
+
+def _kind(read: Any) -> str:
+    from anert.options import kind
+
+    return kind(read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--plugin", default="", metavar="PLUGIN",
                         help="a file or an installed name [the checkpoint's, else stories]")  # fmt: skip
     found = options(parser).parse(argv)
+    if found.engine == "mil":  # NumPy, loaded below, multiplies nothing then: threads of its BLAS would only spin
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     return show(plugin_for(found.checkpoint, found.plugin), found)
 
 

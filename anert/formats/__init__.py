@@ -31,6 +31,8 @@ class Format:
     """Names that `anert convert --to` takes, with write(path, model, **options)."""
     options: tuple[str, ...] = ()
     """Keyword arguments of read."""
+    hashes: bool = False
+    """Whether it records sha256 sums, so that read takes `hashed`."""
 
 
 def _directory(sniff: Callable[[Path], bool]) -> Callable[[Path, bytes], bool]:
@@ -42,7 +44,7 @@ def _file(sniff: Callable[[Path, bytes], bool]) -> Callable[[Path, bytes], bool]
 
 
 FORMATS = (
-    Format("anert run", _directory(run_dir.sniff), run_dir.read, (("anert", run_dir.write),)),
+    Format("anert run", _directory(run_dir.sniff), run_dir.read, (("anert", run_dir.write),), hashes=True),
     Format("Hugging Face directory", _directory(huggingface.sniff), huggingface.read, (("hf", huggingface.write),)),
     Format("GGUF", _file(gguf_file.sniff), gguf_file.read),
     Format("BLZT checkpoint", _file(blzt.sniff), blzt.read, options=("arch",)),
@@ -64,14 +66,15 @@ def find(path: Path) -> Format | None:
     return next((f for f in FORMATS if f.sniff(path, head)), None)
 
 
-def open_model_file(path: Path | str, **options: Any) -> Pretrained:
-    """Read a model of any format. options: what only its format takes (`arch` of BLZT). Raises InputError, one line."""
+def open_model_file(path: Path | str, hashed: bool = True, **options: Any) -> Pretrained:
+    """Read a model of any format. hashed: check sha256 sums where the format records any. options: what only its format
+    takes (`arch` of BLZT). Raises InputError, one line."""
     path, head = _head(Path(path))
     for f in FORMATS:
         if f.sniff(path, head):
             if surplus := options.keys() - set(f.options):
                 raise InputError(f"{path}: a {f.title} has no choice of --{min(surplus)}: leave it out")
-            return f.read(path, **options)
+            return f.read(path, **options, **({"hashed": hashed} if f.hashes else {}))
     if not head:
         raise InputError(f"{path}: no model in this directory (a run's step-*, or a Hugging Face config.json)")
     if why := llama2c.nearly(path, head):

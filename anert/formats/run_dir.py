@@ -17,9 +17,10 @@ def sniff(path: Path) -> bool:
     return path.name.startswith("step-") or (path / checkpoint.STATE).is_file() or any(path.glob("step-*"))
 
 
-def read(path: Path) -> Pretrained:
-    """The newest step that verifies, or the step that `path` or a pointer file is. Raises InputError."""
-    found = checkpoint.load(path)
+def read(path: Path, hashed: bool = True) -> Pretrained:
+    """The newest step that verifies, or the step that `path` or a pointer file is. hashed: see checkpoint.load. Raises
+    InputError."""
+    found = checkpoint.load(path, hashed=hashed)
     state = found.state
     if not isinstance(state.get("config"), dict):
         raise InputError(f"{found.path}: its {checkpoint.STATE} has no config: damaged, or not a training run's")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import abc
 import codecs
 import functools
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor
 from itertools import chain, repeat
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from anert.errors import InputError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 END_OF_TEXT = "<|endoftext|>"
 CACHE_WORDS = 1 << 18
@@ -188,6 +190,8 @@ class Shipped:
     """A tokenizer on its way to other processes: pickled once, rebuilt once in each worker, with its word cache."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
+        import pickle
+
         self.hash = tokenizer.hash
         self._pickled = pickle.dumps(tokenizer)
 
@@ -202,6 +206,8 @@ class Shipped:
 
     def build(self) -> Tokenizer:
         """A new tokenizer."""
+        import pickle
+
         tokenizer: Tokenizer = pickle.loads(self._pickled)
         return tokenizer
 

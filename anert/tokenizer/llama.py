@@ -7,14 +7,13 @@ in the input, unknown tokens on decoding) SentencePiece is followed. In here U+2
 from __future__ import annotations
 
 import functools
-import hashlib
+import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, compress, pairwise
+from operator import methodcaller
 from pathlib import Path
-
-import regex
 
 from anert.errors import InputError
 from anert.tokenizer.base import END_OF_TEXT, StreamDecoder, Tokenizer, WordCache, replace_surrogates
@@ -58,15 +57,11 @@ class LlamaTokenizer(Tokenizer):
         """source: the file it was read from, which `save` writes back byte for byte."""
         self.model, self._source, self.suffix = model, source, suffix
         self.vocab_size, self.bos_id, self.eos_id = len(model.pieces), model.bos_id, model.eos_id
-        self._bytes = list(map(piece_bytes, model.pieces, model.types))
         self._byte_ids = find_byte_ids(model) if model.byte_fallback else []
-        ids: dict[str, int] = {}
-        for i, piece in enumerate(model.pieces):
-            if model.types[i] == NORMAL:
-                ids.setdefault(piece, i)
+        ids = numbered(model, NORMAL)
         self._ids = {c: i for c, i in ids.items() if len(c) == 1}
         self._pieces, self._plain_words = ids, PLAIN_WORDS
-        self._frozen = {p: i for i, p in enumerate(model.pieces) if model.types[i] == USER_DEFINED}
+        self._frozen = numbered(model, USER_DEFINED)
         self._frozen_pattern = any_of(self._frozen)
         self._words = word_pattern(piece for piece in ids if len(piece) > 1)
         self._cache = WordCache(self._encode_word)
@@ -80,6 +75,8 @@ class LlamaTokenizer(Tokenizer):
 
     @functools.cached_property
     def hash(self) -> str:  # type: ignore[override]
+        import hashlib
+
         m, digest = self.model, hashlib.sha256(b"anert llama tokenizer 1\n")
         flags = (m.byte_fallback, m.add_dummy_prefix, m.remove_extra_whitespaces)
         digest.update(struct.pack("<4i3?", len(m.pieces), m.bos_id, m.eos_id, m.unk_id, *flags))
@@ -119,7 +116,7 @@ class LlamaTokenizer(Tokenizer):
         return cls(Pieces((*fixed, *pieces), tuple(scores), tuple(types)))
 
     def token_bytes(self, token: int) -> bytes:
-        return self._bytes[self._check_id(token)]
+        return piece_bytes(self.model.pieces[self._check_id(token)], self.model.types[token])
 
     def forget(self) -> None:
         self._cache.clear()
@@ -167,7 +164,7 @@ class LlamaTokenizer(Tokenizer):
 
     def _normalize(self, text: str, first: bool) -> str:
         if self.model.remove_extra_whitespaces:
-            text = regex.sub(" +", " ", text.strip(" ")).replace("\u2581", " ").rstrip(" ")
+            text = re.sub(" +", " ", text.strip(" ")).replace("\u2581", " ").rstrip(" ")
         else:
             text = text.replace("\u2581", " ")
         prefix = first and text and self.model.add_dummy_prefix and not (self.model.prefix_once and text[0] == " ")
@@ -199,8 +196,16 @@ class LlamaTokenizer(Tokenizer):
     def _cut(self, text: str) -> int:
         if self._words is None or self._frozen or self.model.remove_extra_whitespaces:
             return 0
+        import regex
+
         match = regex.search("(?r)[^ \u2581][ \u2581]", text)
         return match.start() + 1 if match else 0
+
+
+def numbered(model: Pieces, kind: int) -> dict[str, int]:
+    """Piece -> id for the pieces of a type; of equal ones the first."""
+    chosen, last = list(map(kind.__eq__, reversed(model.types))), len(model.types) - 1
+    return dict(zip(compress(reversed(model.pieces), chosen), compress(range(last, -1, -1), chosen), strict=True))
 
 
 def piece_bytes(piece: str, kind: int) -> bytes:
@@ -244,19 +249,19 @@ def merge_plainly(model: Pieces, ids: dict[str, int], symbols: Sequence[int]) ->
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
-def any_of(pieces: Iterable[str]) -> regex.Pattern[str] | None:
+def any_of(pieces: Iterable[str]) -> re.Pattern[str] | None:
     """Pattern of the longest of some pieces."""
     longest_first = sorted(pieces, key=len, reverse=True)
-    return regex.compile("|".join(map(regex.escape, longest_first))) if longest_first else None
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
-def word_pattern(pieces: Iterable[str]) -> regex.Pattern[str] | None:
+def word_pattern(pieces: Iterable[str]) -> re.Pattern[str] | None:
     """Words that no piece reaches across: spaces and what follows; None where some piece has a space after text."""
-    joined = "\0\0".join(pieces)
-    if regex.search("[^ \0] ", joined):
+    joined = "\0".join(map(methodcaller("lstrip", " "), pieces))
+    if " " in joined:
         return None
     alone = "".join(c for c in "\n\r\t" if c not in joined)
-    return regex.compile(f" *[^ {alone}]+| +|[{alone}]" if alone else " *[^ ]+| +")
+    return re.compile(f" *[^ {alone}]+| +|[{alone}]" if alone else " *[^ ]+| +")
 
 
 def join_unknown(ids: Sequence[int], unk: int) -> list[int]:

@@ -19,6 +19,7 @@ SPECIAL_TEXT = {1: "<s>", 2: "</s>"}
 
 BYTE_PIECES = {f"<0x{b:02X}>" for b in range(256)}
 
+RECORD = struct.Struct("<fi")
 Field = int | bytes
 
 
@@ -31,20 +32,24 @@ def read_bin(data: bytes, name: str) -> Pieces:
     longest = struct.unpack_from("<I", data)[0]
     if not 0 < longest <= LONGEST_PIECE:
         raise InputError(f"{name}: not a tokenizer that anert knows (.model, tokenizer.bin, tokenizer.json, merges)")
-    at = 4
-    while at < len(data):
-        if at + 8 > len(data):
-            raise InputError(f"{name}: truncated at byte {len(data)}, inside token {len(pieces)}: get the file again")
-        score, length = struct.unpack_from("<fi", data, at)
-        at += 8
-        if not 0 <= length <= longest:
-            where = f"token {len(pieces)} at byte {at - 8}"
-            raise InputError(f"{name}: {where} has length {length}, the header allows 0 to {longest}: not a tokenizer")
-        if at + length > len(data):
-            raise InputError(f"{name}: truncated at byte {len(data)}, inside token {len(pieces)}: get the file again")
-        pieces.append(_text(data[at : at + length], name, len(pieces)))
-        scores.append(score)
-        at += length
+    at, end, unpack = 4, len(data), RECORD.unpack_from
+    try:
+        while at < end:
+            score, length = unpack(data, at)
+            start, at = at + 8, at + 8 + length
+            if not 0 <= length <= longest:
+                raise InputError(
+                    f"{name}: token {len(pieces)} at byte {start - 8} has length {length}, the header allows 0 to "
+                    f"{longest}: not a tokenizer"
+                )
+            if at > end:
+                raise struct.error
+            pieces.append(data[start:at].decode())
+            scores.append(score)
+    except struct.error:
+        raise InputError(f"{name}: truncated at byte {end}, inside token {len(pieces)}: get the file again") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{name}: token {len(pieces)} is not UTF-8: not a tokenizer, or damaged") from None
     for i, text in SPECIAL_TEXT.items():
         if i < len(pieces) and pieces[i] == f"\n{text}\n":
             pieces[i] = text

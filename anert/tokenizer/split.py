@@ -10,10 +10,12 @@ import functools
 import re
 from array import array
 from collections.abc import Callable
-
-import regex
+from typing import TYPE_CHECKING
 
 from anert.errors import InputError
+
+if TYPE_CHECKING:
+    import regex
 
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -41,6 +43,8 @@ begin at the same place have changed order: the frequent ones first."""
 @functools.cache
 def character_classes() -> dict[str, str]:
     """Ranges of `re` for the classes of `regex` that FAST names."""
+    import regex
+
     everything = array("I", (*range(0xD800), *range(0xE000, 0x110000))).tobytes().decode("utf-32")
     ranges = {}
     for name, category in (("L", r"\p{L}+"), ("N", r"\p{N}+"), ("S", r"\s+")):
@@ -74,6 +78,8 @@ def splitter(pattern: str) -> Callable[[str], list[str]]:
     """
     if pattern in PATTERNS.values():
         return findall(pattern)
+    import regex
+
     try:
         return functools.partial(split_around, regex.compile(pattern))
     except regex.error as e:
