@@ -70,6 +70,8 @@ class TrainOptions:
     """Text or token file; empty: the plugin's own corpus."""
     val: str = "0.05"
     """A fraction of the data's tail, or a file."""
+    data_dtype: str = "auto"
+    """Of raw token files without a header: uint16, uint32, or auto: uint32 where the numbers show it."""
     tokenizer: str = ""
     """Tokenizer file; empty: one that the data names, or one trained on it."""
     init: str = "scratch"

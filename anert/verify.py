@@ -104,7 +104,7 @@ def _arranged(
     kind, seq_len = data.tokenizer, config.seq_len
     n = max(2, int(options.steps * options.batch * accum / EPOCHS))
     n += n % (options.batch * accum) == 0
-    tokens = open_tokens(data.dataset.path).tokens
+    tokens = open_tokens(data.dataset.path, options.data_dtype).tokens
     if len(tokens) < 3 * seq_len + 2:
         raise InputError(f"{data.name} has {len(tokens):,} tokens: {3 * seq_len + 2:,} at least are needed")
     n = min(n, (len(tokens) - 1) // seq_len - 1)
@@ -115,7 +115,8 @@ def _arranged(
     vocabulary = base / f"tokenizer{kind.suffix}"
     kind.save(vocabulary)
     return dataclasses.replace(
-        options, data=str(base / "train.bin"), val=str(base / "val.bin"), tokenizer=str(vocabulary), grad_accum=accum,
+        options, data=str(base / "train.bin"), val=str(base / "val.bin"), data_dtype="auto",
+        tokenizer=str(vocabulary), grad_accum=accum,
         loss_scale="dynamic", scale_window=2, eval_every=3, eval_tokens=2 * seq_len, save_every=0, sample_every=0,
         time_budget_s=0.0, init="scratch",
     )  # fmt: skip

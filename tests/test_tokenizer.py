@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from anert.errors import InputError
@@ -96,9 +96,12 @@ def test_llama_is_sentencepiece_on_any_text(llama, sentencepiece_llama, text):
     assert llama.decode(ids) == sentencepiece_llama.decode(ids)
 
 
+@example([197, 1, 131])  # a control token between the bytes of a character
 @given(st.lists(st.integers(0, 31999) | st.integers(0, 300), max_size=30))
 def test_llama_decodes_any_ids_as_sentencepiece(llama, sentencepiece_llama, ids):
-    assert llama.decode(ids) == sentencepiece_llama.decode(ids)
+    stream = llama.decode_stream()
+    streamed = "".join(map(stream.push, ids)) + stream.flush()
+    assert llama.decode(ids) == sentencepiece_llama.decode(ids) == streamed
 
 
 def test_llama_follows_sentencepiece_where_run_c_differs(llama):

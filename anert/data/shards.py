@@ -103,9 +103,10 @@ def sniff(path: Path | str) -> str:
     return "shards" if is_shards(Path(path)) else token_file.sniff(path)
 
 
-def open_tokens(path: Path | str) -> TokenFile:
-    """Map a token file or a directory of shards. Raises InputError as `token_file.open_tokens` and `open_shards`."""
-    return open_shards(path) if is_shards(Path(path)) else token_file.open_tokens(path)
+def open_tokens(path: Path | str, dtype: str = "auto") -> TokenFile:
+    """Map a token file or a directory of shards. dtype: of a file of raw ids. Raises InputError as
+    `token_file.open_tokens` and `open_shards`."""
+    return open_shards(path) if is_shards(Path(path)) else token_file.open_tokens(path, dtype)
 
 
 def read_manifest(path: Path | str) -> tuple[Path, dict[str, Any]]:
