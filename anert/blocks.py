@@ -3,18 +3,19 @@ compiled or allocated, so lint and estimates see exactly what a run would."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from anert.capabilities import ANE, Capabilities
+from anert.capabilities import Capabilities
+from anert.errors import InputError
 from anert.kernel import Kernel, build
 from anert.mil.grad import Gradient, differentiate
 from anert.mil.graph import Function, Value
 from anert.mil.ops.table import lookup
 from anert.model import Decoder
-from anert.stages import roles, split
+from anert.stages import Boundaries, roles, split
 
 
 @dataclass(slots=True)
@@ -27,6 +28,15 @@ class BlockKernels:
     gradient: Gradient | None
     forward: list[Kernel] = field(default_factory=list)
     backward: list[Kernel] = field(default_factory=list)
+    group: int = 0
+    """Layers that the block is made of, their parameters `l<i>_<name>`; 0: a block of one layer."""
+
+    def stored(self, run: int, name: str) -> str:
+        """The model's name of parameter `name` of the block, where it runs for the `run`-th time."""
+        if not self.group:
+            return f"layers.{run}.{name}"
+        layer, _, own = name.removeprefix("l").partition("_")
+        return f"layers.{run * self.group + int(layer)}.{own}"
 
     @property
     def kernels(self) -> list[Kernel]:
@@ -34,14 +44,47 @@ class BlockKernels:
 
 
 def build_blocks(
-    model: Decoder, seq_len: int, batch: int, train: bool, layout: str, caps: Capabilities, limits: Capabilities = ANE
+    model: Decoder, seq_len: int, batch: int, train: bool, layout: str | Boundaries, caps: Capabilities
 ) -> list[BlockKernels]:
-    """The kernels of every block of `model` for `batch` sequences of `seq_len`. limits: what cuts a block into stages;
-    the same everywhere by default, so that all layouts and backends compute the same numbers.
+    """The kernels of every block of `model` for `batch` sequences of `seq_len`. layout: a layout's name, for blocks
+    apart that are cut alike everywhere, or Boundaries; those of groups have one block, of several layers.
 
-    Raises Unpackable for a stage that layout `packed` cannot carry.
+    Raises Unpackable for a stage that layout `packed` cannot carry, InputError for a group that does not divide.
     """
-    return [_build(model, block, seq_len, batch, train, layout, caps, limits) for block in model.blocks]
+    bounds = layout if isinstance(layout, Boundaries) else Boundaries(layout)
+    if bounds.group:
+        model = grouped(model, bounds.group)
+    return [_build(model, block, seq_len, batch, train, bounds, caps) for block in model.blocks]
+
+
+class _Part:
+    """The weights of one layer of a group."""
+
+    def __init__(self, weights: Any, layer: int) -> None:
+        self._weights, self._layer = weights, layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._weights, f"l{self._layer}_{name}")
+
+
+def grouped(model: Decoder, n: int) -> Decoder:
+    """`model` with n layers as its one block. Raises InputError where its layers do not come in groups of n."""
+    if model.config.n_layers % n:
+        raise InputError(f"{model.config.n_layers} layers do not come in groups of {n}")
+
+    def layers(cfg: Any, x: Any, w: Any, pos: Any) -> Any:
+        for i in range(n):
+            for block in model.blocks:
+                x = block(cfg, x, _Part(w, i), pos)
+        return x
+
+    one = model.layer_params(model.config)
+    names = {f"l{i}_{name}": spec for i in range(n) for name, spec in one.items()}
+    kind: Any = type(
+        type(model).__name__, (type(model),), {"blocks": (layers,), "layer_params": lambda self, cfg: names}
+    )
+    found: Decoder = kind(replace(model.config, n_layers=model.config.n_layers // n))
+    return found
 
 
 def build_cached_blocks(model: Decoder, seq_len: int, cached: int, caps: Capabilities) -> list[BlockKernels]:
@@ -114,18 +157,18 @@ def columnwise(fn: Function) -> bool:
 
 
 def _build(
-    model: Decoder, block: Any, seq_len: int, batch: int, train: bool, layout: str, caps: Capabilities,
-    limits: Capabilities,
-) -> BlockKernels:  # fmt: skip
+    model: Decoder, block: Any, seq_len: int, batch: int, train: bool, bounds: Boundaries, caps: Capabilities
+) -> BlockKernels:
     fn = model.trace(block, seq_len, batch)
     params = [v.name for v in fn.inputs if v.name != "x"]
     gradient = differentiate(fn, ["x"], params) if train else None
 
     def kernels(part: Function, name: str) -> list[Kernel]:
         role = roles(part, params)
-        return [build(stage, role, layout, caps, f"{name}_{i}") for i, stage in enumerate(split(part, role, limits))]
+        stages = split(part, role, bounds.limits, bounds.packable)
+        return [build(stage, role, bounds.layout, caps, f"{name}_{i}") for i, stage in enumerate(stages)]
 
-    result = BlockKernels(fn.name, fn, params, gradient)
+    result = BlockKernels(fn.name, fn, params, gradient, group=bounds.group)
     result.forward = kernels(gradient.forward if gradient else fn, f"{fn.name}_forward")
     if gradient:
         result.backward = kernels(gradient.backward, f"{fn.name}_backward")

@@ -1,272 +1,29 @@
-"""A training step on the Neural Engine, on paper: from the very kernels that a run would compile.
-
-    t(kernel) = dispatch floor + FLOPs / matmul rate + bytes of its ports / memory rate
-
-Rates are intervals over what was published (ane_facts 5.3, 6.1), so a prediction is one too. The engine's and the
-host's work are added where the schedule lets one wait for the other, and the longer one counts where they overlap. The
-same arithmetic on the published design (ten kernels a layer, packed, fp32 on the host) is set against its published
-times: CALIBRATION. Nothing here was measured by anert on a Neural Engine.
+"""A training step on the Neural Engine, on paper: the kernels that a run would compile, under the model of
+boundaries.py. The same arithmetic on the published design (ten kernels a layer, packed, fp32 on the host) is set
+against its published times: CALIBRATION. Nothing here was measured by anert on a Neural Engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from anert.backend.base import written_flops
-from anert.blocks import BlockKernels, build_blocks
+from anert.boundaries import (
+    BLAS_TFLOPS,
+    CHIPS,
+    Chip,
+    Design,
+    Estimate,
+    Interval,
+    Unit,
+    candidates,
+    engine_time,
+    predict,
+    ranked,
+)
 from anert.capabilities import ANE, Capabilities
-from anert.errors import InputError, Unpackable
-from anert.kernel import Kernel, Slot, round_up
-from anert.mil.text import parse
+from anert.errors import InputError
 from anert.model import Decoder
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """best <= worst, of one unit."""
-
-    best: float
-    worst: float
-
-    def __add__(self, other: Interval) -> Interval:
-        return Interval(self.best + other.best, self.worst + other.worst)
-
-    def __mul__(self, factor: float) -> Interval:
-        return Interval(self.best * factor, self.worst * factor)
-
-    @property
-    def middle(self) -> float:
-        """Geometric: the ends are factors apart, not differences."""
-        return (self.best * self.worst) ** 0.5
-
-
-NOTHING = Interval(0.0, 0.0)
-
-
-def longer(a: Interval, b: Interval) -> Interval:
-    """Of two that run side by side."""
-    return Interval(max(a.best, b.best), max(a.worst, b.worst))
-
-
-@dataclass(frozen=True, slots=True)
-class Chip:
-    """rate: fp16 matmul, TFLOPS. floor: a dispatch, us. memory: GB/s of the base chip. Each (worst, best)."""
-
-    rate: tuple[float, float]
-    floor: tuple[float, float]
-    memory: float
-    source: str
-
-
-CHIPS = {
-    "m1": Chip((0.54, 2.7), (220, 220), 68, "training 0.54 TFLOPS, GEMM 2.7, floor 220 us"),
-    "m2": Chip((1.4, 3.4), (220, 84), 100, "GEMM 3.4 (M2 Pro); no floor published: those of M1 and M4"),
-    "m3": Chip((1.4, 5.4), (160, 84), 100, "forward pass 1.4 (M3 Ultra); no GEMM or floor published: those of M4"),
-    "m4": Chip((1.4, 5.4), (160, 84), 120, "forward pass 1.4 (M3 Ultra), GEMM 5.4, floor 84 to 160 us"),
-    "m5": Chip((1.4, 8.7), (110, 70), 154, "GEMM 8.7, floor 70 to 110 us"),
-}
-SRAM_MB = 24.0
-"""Ports of a kernel beyond which published rates drop: the worst rate then counts at both ends."""
-COPY_GBPS = (17.0, 35.0)
-"""Host traffic of the published step: 269 MB in 8.5 to 15.9 ms forward, 368 MB in 10.5 to 14.8 ms backward."""
-NEON_TFLOPS = (0.25, 0.56)
-"""Host products as anert ships them, on NEON: 4 performance cores at 4.4 GHz with four fp32 FMA pipes peak at 0.56; the
-other end is a cautious half. Nobody has measured it."""
-BLAS_TFLOPS = (0.759, 1.76)
-"""Host products on the matrix unit: the published step's classifier (10.9 GFLOP in 14.3 ms), and libxsmm's 512^3
-product on an M4 (1,755 GFLOPS, scalable.uni-jena.de/opt/sme)."""
-
-
-@dataclass(slots=True)
-class Unit:
-    """A kernel, as it counts for one layer. bytes: of its ports; copied: what the host moves between surfaces before
-    it, read and written."""
-
-    name: str
-    flops: int
-    bytes_in: int
-    bytes_out: int
-    copied: int = 0
-    times: int = 1
-    """Dispatches a step."""
-
-    def ms(self, chip: Chip) -> Interval:
-        """Of all its dispatches."""
-        ends = []
-        fits = self.bytes_in + self.bytes_out <= SRAM_MB * 1e6
-        for floor, rate in ((chip.floor[1], chip.rate[1] if fits else chip.rate[0]), (chip.floor[0], chip.rate[0])):
-            traffic = (self.bytes_in + self.bytes_out) / chip.memory / 1e6
-            ends.append((floor / 1e3 + self.flops / rate / 1e9 + traffic) * self.times)
-        return Interval(ends[0], ends[1])
-
-
-@dataclass(slots=True)
-class Design:
-    """Who does what in a step. host_ms: elementwise work of the host that nothing overlaps, as published; head_flops:
-    classifier with its backward; grad_flops: weight gradients; grads_beside_forward: whether those of a step may go on
-    during the next forward pass."""
-
-    name: str
-    forward: list[Unit] = field(default_factory=list)
-    backward: list[Unit] = field(default_factory=list)
-    head_flops: float = 0.0
-    grad_flops: float = 0.0
-    host_ms: float = 0.0
-    grads_beside_forward: bool = False
-
-    @property
-    def units(self) -> list[Unit]:
-        return [*self.forward, *self.backward]
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """ms of a step (forward, backward, weight gradients; not the optimizer) and of its parts, best and worst."""
-
-    name: str
-    total: Interval
-    parts: dict[str, Interval]
-    dispatches: int
-    flops: int
-    bytes: int
-    bound_by: str
-    """`engine` or `host`: whose work the backward pass waits for, at the middle of the intervals."""
-
-
-def predict(design: Design, chip: Chip, host_tflops: tuple[float, float]) -> Estimate:
-    """The step of a design on a chip. host_tflops: (worst, best) of the host's products."""
-
-    def engine(units: Iterable[Unit]) -> Interval:
-        return sum((u.ms(chip) for u in units), NOTHING)
-
-    def copies(units: Iterable[Unit]) -> Interval:
-        moved = sum(u.copied * u.times for u in units)
-        return Interval(moved / COPY_GBPS[1] / 1e6, moved / COPY_GBPS[0] / 1e6)
-
-    def host(flops: float) -> Interval:
-        return Interval(flops / host_tflops[1] / 1e9, flops / host_tflops[0] / 1e9)
-
-    parts = {
-        "forward": engine(design.forward), "backward": engine(design.backward),
-        "copies forward": copies(design.forward), "copies backward": copies(design.backward),
-        "head": host(design.head_flops), "weight gradients": host(design.grad_flops),
-        "host elementwise": Interval(design.host_ms, design.host_ms),
-    }  # fmt: skip
-    ahead = parts["forward"] + parts["copies forward"]
-    beside = parts["backward"] + parts["copies backward"] + parts["host elementwise"]
-    grads = parts["weight gradients"]
-    if design.grads_beside_forward:
-        total = longer(ahead + beside, grads) + parts["head"]
-        waits = (ahead + beside).middle < grads.middle
-    else:
-        total = ahead + parts["head"] + longer(beside, grads)
-        waits = beside.middle < grads.middle
-    units = design.units
-    return Estimate(
-        design.name, total, parts, sum(u.times for u in units), sum(u.flops * u.times for u in units),
-        sum((u.bytes_in + u.bytes_out) * u.times for u in units), "host" if waits else "engine",
-    )  # fmt: skip
-
-
-# ---- anert's own kernels
-
-
-def design_of(
-    model: Decoder, seq_len: int, batch: int, layout: str, caps: Capabilities = ANE, group: int = 0
-) -> Design:
-    """What a run of `model` dispatches. group: 0: each block its programs, as a run has it; n: n whole layers traced as
-    one block (still cut where the engine's limits on inputs and width ask for it).
-
-    Raises Unpackable for a kernel that layout `packed` cannot carry, InputError for a group that does not divide.
-    """
-    layers, label = model.config.n_layers, "blocks apart"
-    if group:
-        if layers % group:
-            raise InputError(f"{layers} layers do not come in groups of {group}")
-        model = grouped(model, group)
-        layers, label = layers // group, f"{group} layer{'s' * (group > 1)} in one"
-    blocks = build_blocks(model, seq_len, batch, True, layout, caps, caps)
-    n, cfg = seq_len * batch, model.config
-    design = Design(f"{layout}, {label}, {caps.max_inputs} inputs", head_flops=6.0 * cfg.vocab_size * cfg.dim * n)
-    for block in blocks:
-        width = round_up(n, caps.width_multiple)
-        env = {name: Slot(name, cfg.dim, n, 0, width, 1) for name in ("x", "cot_y")}
-        design.forward += [_unit(k, env, set(block.params), layers) for k in block.forward]
-        design.backward += [_unit(k, env, set(block.params), layers) for k in block.backward]
-        design.grad_flops += layers * _grad_flops(block, model, n)
-    return design
-
-
-def _unit(kernel: Kernel, env: dict[str, Slot], params: set[str], times: int) -> Unit:
-    """A kernel's work; its results join `env`. Copies are those that Network makes: of activations that do not lie as
-    the port wants them."""
-    function = parse(kernel.text, blobs=kernel.blobs).main
-    copied = 0
-    for port in {s.port for s in kernel.inputs.values()}:
-        entries = [(n, s) for n, s in kernel.inputs.items() if s.port == port]
-        for name, slot in entries:
-            if name in params:
-                continue
-            have = env[name]
-            same = (have.offset, have.row_stride, have.col_stride) == (slot.offset, slot.row_stride, slot.col_stride)
-            if len(entries) > 1 or not same:
-                copied += 2 * 2 * slot.rows * slot.cols
-    env.update(kernel.outputs)
-    ins = sum(kernel.sizes[v.name] for v in function.inputs)
-    outs = sum(kernel.sizes[v.name] for v in function.outputs)
-    return Unit(kernel.name, written_flops(function), ins, outs, copied, times)
-
-
-def _grad_flops(block: BlockKernels, model: Decoder, n: int) -> float:
-    assert block.gradient is not None
-    specs = model.layer_params(model.config)
-    return sum(2.0 * specs[r.param].size * n for r in block.gradient.recipes if r.kind == "gemm")
-
-
-class _Part:
-    """The weights of one layer of a group."""
-
-    def __init__(self, weights: Any, layer: int) -> None:
-        self._weights, self._layer = weights, layer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._weights, f"l{self._layer}_{name}")
-
-
-def grouped(model: Decoder, n: int) -> Decoder:
-    """`model` with n layers as its one block: what more of them in a program would be."""
-
-    def layers(cfg: Any, x: Any, w: Any, pos: Any) -> Any:
-        for i in range(n):
-            for block in model.blocks:
-                x = block(cfg, x, _Part(w, i), pos)
-        return x
-
-    one = model.layer_params(model.config)
-    names = {f"l{i}_{name}": spec for i in range(n) for name, spec in one.items()}
-    kind: Any = type(
-        type(model).__name__, (type(model),), {"blocks": (layers,), "layer_params": lambda self, cfg: names}
-    )
-    found: Decoder = kind(replace(model.config, n_layers=model.config.n_layers // n))
-    return found
-
-
-def boundaries(model: Decoder, seq_len: int, batch: int, caps: Capabilities = ANE) -> list[Design]:
-    """Every choice of kernel boundaries that the limits allow, the one that a run takes by default first."""
-    found = []
-    layouts = [caps.layout, *(x for x in ("packed", "ports") if x != caps.layout)]
-    for layout in layouts:
-        for group in (0, 1, 2):
-            if group and model.config.n_layers % group:
-                continue
-            try:
-                found.append(design_of(model, seq_len, batch, layout, caps, group))
-            except Unpackable:
-                continue
-    return found
-
 
 # ---- the published design, under the same model
 
@@ -299,7 +56,7 @@ def published(cfg: Any, seq_len: int, vocab: int = 0) -> Design:
     linear = 2.0 * s * (2 * d * q + 2 * d * kv + 3 * d * hidden) * cfg.n_layers
     scale = cfg.n_layers * s * d / (12 * 256 * 768)  # of rms 1.8, silu 6, rms_bwd 4, dw_copy 2.5 ms in its log
     return Design(
-        "published packed design", units[:3], units[3:], 6.0 * (vocab or cfg.vocab_size) * d * s, linear,
+        "published packed design", None, units[:3], units[3:], 6.0 * (vocab or cfg.vocab_size) * d * s, linear,
         14.3 * scale, grads_beside_forward=True,
     )  # fmt: skip
 
@@ -368,22 +125,25 @@ def calibration() -> list[dict[str, Any]]:
 
 
 def estimate(model: Decoder, chip: str, seq_len: int, batch: int, caps: Capabilities = ANE,
-             host_tflops: tuple[float, float] = NEON_TFLOPS) -> dict[str, Any]:  # fmt: skip
-    """The report of `anert estimate`. Raises InputError for an unknown chip."""
+             host_tflops: tuple[float, float] = BLAS_TFLOPS) -> dict[str, Any]:  # fmt: skip
+    """The report of `anert estimate`: first in `boundaries` what a run on an engine of these capabilities chooses, then
+    what it chooses among, then what other capabilities would allow. Raises InputError for an unknown chip."""
     if chip not in CHIPS:
         raise InputError(f"--chip {chip}: no published figures of it; there are {', '.join(CHIPS)}")
     if not model.blocks:
         raise InputError("this model has no blocks: nothing of it runs on the engine")
     c = CHIPS[chip]
-    designs = boundaries(model, seq_len, batch, caps)
+    allowed = candidates(caps)
+    designs = [d for d, _ in ranked(model, seq_len, batch, allowed, caps, c)]
     if not designs:
         raise InputError("no layout carries this model's kernels on the Neural Engine: see anert lint")
-    rows = [as_row(predict(d, c, host_tflops)) for d in designs]
+    more = [b for b in candidates(replace(caps, layout="ports")) if b not in allowed]
+    wider = [d for d, _ in ranked(model, seq_len, batch, more, caps, c)]
+    rows = [{**as_row(predict(d, c, host_tflops)), "allowed": d in designs} for d in (*designs, *wider)]
     rows[0]["default"] = True
-    best = chosen(rows)
     return {
         "chip": chip, "source": c.source, "seq_len": seq_len, "batch": batch, "host_tflops": list(host_tflops),
-        "default": rows[0], "boundaries": rows, "best": best["name"],
+        "default": rows[0], "boundaries": rows,
         "units": [_unit_row(u, c) for u in designs[0].units],
         "same_model": against_published(model, designs[0], c, seq_len, batch), "calibration": calibration(),
         "optimizer_ms": optimizer(model, c),
@@ -414,9 +174,8 @@ def as_row(e: Estimate) -> dict[str, Any]:
     def row(i: Interval) -> dict[str, float]:
         return {"best": i.best, "worst": i.worst, "middle": i.middle}
 
-    engine = e.parts["forward"] + e.parts["backward"] + e.parts["copies forward"] + e.parts["copies backward"]
     return {
-        "name": e.name, "ms": row(e.total), "engine_ms": row(engine + e.parts["host elementwise"]),
+        "name": e.name, "ms": row(e.total), "engine_ms": row(engine_time(e)),
         "parts": {name: row(i) for name, i in e.parts.items()}, "dispatches": e.dispatches, "flops": e.flops,
         "bytes": e.bytes, "bound_by": e.bound_by,
     }  # fmt: skip
@@ -427,10 +186,5 @@ def _unit_row(u: Unit, chip: Chip) -> dict[str, Any]:
     return {
         "name": u.name, "dispatches": u.times, "flops": u.flops, "bytes_in": u.bytes_in, "bytes_out": u.bytes_out,
         "copied": u.copied, "best_ms": ms.best, "worst_ms": ms.worst,
-        "past_sram": u.bytes_in + u.bytes_out > SRAM_MB * 1e6,
+        "past_sram": u.past_sram,
     }  # fmt: skip
-
-
-def chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The boundaries whose engine time is predicted shortest."""
-    return min(rows, key=lambda r: float(r["engine_ms"]["middle"]))

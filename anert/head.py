@@ -58,7 +58,7 @@ class Head:
     def embed(self, tokens: np.ndarray, x: Location) -> None:
         """x (dim, n) = columns of the embedding. `tokens` int32 (n,), C-contiguous."""
         call(ffi.lib.anert_embed, self.pool.ptr, self.table, self.embedding.rows, self.embedding.cols,
-             ffi.ffi.cast("int32_t *", tokens.ctypes.data), self.n, x.pointer, x.slot.row_stride)  # fmt: skip
+             ffi.ffi.from_buffer("int32_t[]", tokens), self.n, x.pointer, x.slot.row_stride)  # fmt: skip
         x.surface.touch()
 
     def embed_backward(self, tokens: np.ndarray, dx: Location, alpha: float) -> None:
@@ -107,6 +107,6 @@ class Head:
         columns = np.ascontiguousarray(columns, np.int32)
         out = np.empty((columns.size, self.vocab), np.float32)
         with x.surface.access(read_only=True):
-            call(ffi.lib.anert_head_logits, self.pool.ptr, a, ffi.ffi.cast("int32_t *", columns.ctypes.data),
-                 columns.size, ffi.ffi.cast("float *", out.ctypes.data))  # fmt: skip
+            call(ffi.lib.anert_head_logits, self.pool.ptr, a, ffi.ffi.from_buffer("int32_t[]", columns),
+                 columns.size, ffi.ffi.from_buffer("float[]", out))  # fmt: skip
         return out

@@ -81,9 +81,10 @@ class Network:
         self.on_grads = on_grads
         self.runtime, self.model, self.store = runtime, model, store
         self.seq_len, self.batch, self.n, self.train = seq_len, batch, seq_len * batch, train
-        self.layers = model.config.n_layers if model.blocks else 0
+        self.layers = model.config.n_layers // max(runtime.boundaries.group, 1) if model.blocks else 0
+        """Times that the blocks run, one after another."""
         self.ms: dict[str, float] = {}
-        self._blocks = build_blocks(model, seq_len, batch, train, runtime.layout, runtime.backend.capabilities)
+        self._blocks = build_blocks(model, seq_len, batch, train, runtime.boundaries, runtime.backend.capabilities)
         self._programs: dict[str, Program] = {}
         runtime.check_memory(self.nbytes(), "activations")
         self._compile(on_compile)
@@ -191,7 +192,9 @@ class Network:
         tasks: list[Task] = []
         for i, chunk in enumerate(blocks):
             layer, j = divmod(i - 1, n) if i else (0, 0)
-            read = [f"layers.{layer}.{p}" for p in self._blocks[j].params] if i else [self.head.embedding.name]
+            read = (
+                [self._blocks[j].stored(layer, p) for p in self._blocks[j].params] if i else [self.head.embedding.name]
+            )
             tasks += [self._update_task(self.store[name]) for name in read if name in left]
             tasks += chunk
             left = [name for name in left if name not in read]
@@ -224,7 +227,7 @@ class Network:
 
     def _grads_task(self, on_grads: Callable[[int], None], layer: int) -> Task:
         """Says that the layer's gradients, and those behind them in the store, are added."""
-        names = [name for name in self.store if name.startswith(f"layers.{layer}.")]
+        names = [b.stored(layer, name) for b in self._blocks for name in b.params]
         offset = min(self.store.offsets[name] for name in names)
         return Task("allreduce", HOST, partial(on_grads, offset), tuple(self.store[name] for name in names))
 
@@ -245,7 +248,7 @@ class Network:
             size = kernel.sizes[port]
             name, slot = entries[0]
             if len(entries) == 1 and name in block.params:
-                surfaces[port] = self.store.copy_of(f"layers.{layer}.{name}", slot, size, self._surface)
+                surfaces[port] = self.store.copy_of(block.stored(layer, name), slot, size, self._surface)
                 continue
             if len(entries) == 1 and env[name].lies_at(slot) and env[name].surface.nbytes >= size:
                 surfaces[port] = env[name].surface
@@ -254,7 +257,7 @@ class Network:
             surfaces[port] = self._surface(size) if weights else self._shared((kernel.name, port), size)
             for name, slot in entries:
                 if name in block.params:
-                    self.store[f"layers.{layer}.{name}"].place(surfaces[port], slot)
+                    self.store[block.stored(layer, name)].place(surfaces[port], slot)
                 else:
                     copies.append((Location(surfaces[port], slot), env[name]))
         for name, slot in kernel.outputs.items():
@@ -298,7 +301,7 @@ class Network:
         for r in block.gradient.recipes:
             kinds.setdefault(r.param, set()).add(r.kind)
         for r in block.gradient.recipes:
-            name = f"layers.{layer}.{r.param}"
+            name = block.stored(layer, r.param)
             p = self.store[name]
             assert p.grad is not None
             dw = ffi.ffi.cast("float *", p.grad.ctypes.data)
@@ -479,9 +482,11 @@ class Network:
         with self.x[first - 1].surface.access(read_only=True):
             inputs = {"x": self.x[first - 1].array().copy()}
         with np.errstate(over="ignore"):
-            inputs |= {n: self.store[f"layers.{layer}.{n}"].master.astype(np.float16) for n in block.params}
+            inputs |= {n: self.store[block.stored(layer, n)].master.astype(np.float16) for n in block.params}
         found = first_nonfinite(block.source, inputs)
         op = f"op {found[1]} ({found[2]})" if found else "its fp16 output port"
+        if block.group:
+            return f"layers {layer * block.group} to {(layer + 1) * block.group - 1}, {op}"
         return f"layer {layer}, block {block.name}, {op}"
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from anert import ffi
 from anert.errors import BackendUnavailable, DoesNotFit, InputError
 from anert.ffi import Pool, call
+from anert.stages import Boundaries
 from anert.surface import Heap
 
 if TYPE_CHECKING:
@@ -35,10 +36,13 @@ class Runtime:
     probe: it never runs elsewhere instead. `auto` is `ane` where that passes, else `cpu`. precision `auto`: bf16 where
     the CPU multiplies bf16 natively, else fp32; on `ane`, whose blocks compute in fp16, it is that of the host's part.
     threads 0: what the machine grants. strategy `tensors`: weights are inputs; `baked`: constants, for comparison.
+    fusion: `blocks` (each its programs, cut alike on every backend), a number of layers in one, or `auto`: on `ane`
+    what anert.boundaries.settle chooses, else `blocks`.
     """
 
     def __init__(self, backend: str = "auto", precision: str = "auto", layout: str = "auto", threads: int = 0,
-                 compile_budget: int = 0, isa: str = "auto", strategy: str = "tensors") -> None:  # fmt: skip
+                 compile_budget: int = 0, isa: str = "auto", strategy: str = "tensors",
+                 fusion: str = "auto") -> None:  # fmt: skip
         for value, known, option in (
             (backend, BACKENDS, "backend"),
             (precision, PRECISIONS, "precision"),
@@ -60,17 +64,32 @@ class Runtime:
 
             self.engine = ThreadPoolExecutor(1, "anert-engine")
         self.note = self._note(backend, precision, reason)
-        self.layout = layout if layout != "auto" else self.backend.capabilities.layout
+        self.asked_layout, self.fusion = layout, fusion
+        self.boundaries = self._boundaries(layout, fusion)
         self.baked: Baked | None = None
         if strategy == "baked":
             self._bake(layout)
         self._peak = 0.0
 
+    @property
+    def layout(self) -> str:
+        return self.boundaries.layout
+
+    def _boundaries(self, layout: str, fusion: str) -> Boundaries:
+        """As asked for. Raises InputError for a fusion that is none."""
+        caps = self.backend.capabilities
+        layout = layout if layout != "auto" else caps.layout
+        if fusion in ("auto", "blocks"):
+            return Boundaries(layout)
+        if not fusion.isascii() or not fusion.isdigit() or int(fusion) == 0:
+            raise InputError(f"--fusion takes auto, blocks or a number of layers, got {fusion!r}")
+        return Boundaries(layout, int(fusion), caps, packable=layout == "packed")
+
     def _bake(self, layout: str) -> None:
         from anert.backend.baked import Baked
         from anert.backend.cpu import CpuBackend
 
-        self.layout = "ports" if layout == "auto" else layout
+        self.boundaries = self._boundaries("ports" if layout == "auto" else layout, self.fusion)
         if isinstance(self.backend, CpuBackend):
             self.backend.cache = None  # programs that nobody will ask for again
         self.baked = Baked(self.backend)
@@ -152,10 +171,10 @@ class Runtime:
 
 
 def open_runtime(options: Any) -> Runtime:
-    """A Runtime by the fields `backend, precision, layout, threads, compile_budget, strategy` of `options`
+    """A Runtime by the fields `backend, precision, layout, threads, compile_budget, strategy, fusion` of `options`
     (TrainOptions)."""
     return Runtime(options.backend, options.precision, options.layout, options.threads, options.compile_budget,
-                   strategy=options.strategy)  # fmt: skip
+                   strategy=options.strategy, fusion=options.fusion)  # fmt: skip
 
 
 def open_ane() -> Backend:

@@ -21,6 +21,31 @@ VECTOR_WIDTH = 32
 """Columns that a (C, 1) vector takes in a packed tensor: the least legal width."""
 
 
+@dataclass(frozen=True, slots=True)
+class Boundaries:
+    """Where a model's programs begin and end. `limits` cut a function into stages; those of the ANE's safe defaults, so
+    that the same ports round everywhere, unless an engine's own are asked for."""
+
+    layout: str
+    group: int = 0
+    """Whole layers traced as one block; 0: each block apart."""
+    limits: Capabilities = ANE
+    packable: bool = True
+    """Whether each stage's inputs must be able to share one packed tensor, or only their number counts."""
+
+    @property
+    def portable(self) -> bool:
+        """Whether every backend and layout computes the same numbers with them."""
+        return self.group == 0 and self.limits == ANE and self.packable
+
+    @property
+    def label(self) -> str:
+        blocks = f"{self.group} layer{'s' * (self.group > 1)} in one" if self.group else "blocks apart"
+        wide = f", at most {self.limits.max_inputs} inputs" if self.layout == "ports" else ""
+        cut = ", as on cpu" if self.portable else wide
+        return f"{self.layout}, {blocks}{cut}"
+
+
 @dataclass(slots=True)
 class Stage:
     """One program: `mode` is `column`, `channel`, or `` where only separate ports can carry it."""

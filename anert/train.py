@@ -90,6 +90,8 @@ class TrainOptions:
     precision: str = "auto"
     """`fp32`, `bf16`, `fp16`; auto: bf16 where the CPU multiplies it natively, else fp32."""
     layout: str = "auto"
+    fusion: str = "auto"
+    """`blocks` (each its programs), a number of layers in one, or auto: on the ANE by predicted time, else `blocks`."""
     threads: int = 0
     """0: ANERT_NUM_THREADS, else what the cgroup and affinity grant."""
     compile_budget: int = 0
@@ -105,13 +107,8 @@ class Trainer:
     def __init__(
         self, plugin: Plugin, preset: str, config: Any, options: TrainOptions, stop: Callable[[], bool]
     ) -> None:
-        self.plugin, self.preset, self.config, self.options, self.stop = (
-            plugin,
-            plugin.preset(preset),
-            config,
-            options,
-            stop,
-        )
+        self.plugin, self.preset = plugin, plugin.preset(preset)
+        self.config, self.options, self.stop = config, options, stop
         self.step = self.skipped = self.rolled_back = 0
         self.val_first = self.val_loss = self.best_val = self.train_loss = math.nan
         self.saved_step, self.saved_path, self.due_step = -1, "", -1
@@ -133,18 +130,19 @@ class Trainer:
     # ---- preparation
 
     def prepare(self) -> Iterator[Event]:
+        from anert.boundaries import settle
         from anert.dist import portion, world
         from anert.ffi import threads_granted
         from anert.inputs import estimate_run, open_inputs
         from anert.param import ParamStore
-        from anert.runtime import Runtime
+        from anert.runtime import open_runtime
         from anert.saver import Saver
 
         o = self.options
         self.world = world()
         self.batch, self.accum = portion(o.batch, o.grad_accum, self.world.size)
         threads = o.threads or (max(1, threads_granted() // self.world.local_size) if self.world.size > 1 else 0)
-        self.rt = Runtime(o.backend, o.precision, o.layout, threads, o.compile_budget, strategy=o.strategy)
+        self.rt = open_runtime(dataclasses.replace(o, threads=threads))
         if self.rt.baked and self.world.size > 1:
             raise InputError("--strategy baked trains as one process: leave out mpiexec")
         self.world.require_equal("options", repr((self.plugin.name, self.config, o, self.rt.precision)))
@@ -154,6 +152,9 @@ class Trainer:
         self.out, self.data, self.config = inputs.out, inputs.data, inputs.data.config
         self.model = self.preset.model(self.config)
         specs = self.model.specs()
+        if chosen := settle(self.rt, self.model, self.config.seq_len, self.batch, inputs.resumed):
+            yield Notice("info", chosen)
+        self.world.require_equal("kernel boundaries", repr(self.rt.boundaries))
         self.memory = estimate_run(self.rt, self.model, specs, o, self.out)
         self.store = ParamStore(self.rt.heap, self.rt.pool, specs, train=True)
         assert self.store.grads is not None
@@ -176,17 +177,20 @@ class Trainer:
             self.store.load(tensors, progress)
 
     def _networks(self) -> Iterator[Event]:
+        from anert.boundaries import accepted
         from anert.decode import Session, Windowed, open_session
         from anert.network import Network
 
-        cfg = self.config
-
         def build(progress: Callable[[float, float], None]) -> tuple[Network, Session | Windowed]:
             ready = self.gradient_sum.ready if self.gradient_sum else None
-            train = Network(self.rt, self.model, self.store, cfg.seq_len, self.batch, True, progress, ready)
+            args = (self.model, self.store, self.config.seq_len, self.batch, True, progress, ready)
+            train, text = accepted(self.rt, partial(Network, self.rt, *args))
+            refused.append(text)
             return train, open_session(self.rt, self.model, self.store, SAMPLE_WIDTHS, on_compile=progress)
 
+        refused: list[str] = []
         self.net, self.sampler = yield from waited("compile kernels", "kernels", build)
+        yield from (Notice("warning", text) for text in refused if text)
 
     def _optimizer_kind(self) -> Any:
         from anert.optim import OPTIMIZERS
@@ -209,9 +213,12 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything but tensors that a resumed run needs to go on bit for bit."""
+        from anert.boundaries import to_state
+
         return {
             "plugin": self.plugin.name, "preset": self.preset.name, "config": self.model.describe(),
-            "options": dataclasses.asdict(self.options), "optimizer_t": self.optimizer.t,
+            "options": dataclasses.asdict(self.options), "boundaries": to_state(self.rt.boundaries),
+            "optimizer_t": self.optimizer.t,
             "scaler": self.scale.state_dict(), "health": self.health.state_dict(), "rolled_back": self.rolled_back,
             "data": self.batches.state_dict(), "skipped": self.skipped, "trained_s": self.trained_s,
             "train_loss": self.train_loss, "val_first": self.val_first, "val_loss": self.val_loss,

@@ -73,25 +73,34 @@ def probed(monkeypatch, tmp_path):
     capabilities.write_record(replace(ANE, compile_budget=1000), {})
 
 
-@pytest.mark.parametrize("layout", ["ports", "packed"])
-def test_a_run_has_the_losses_of_backend_cpu(fake_ane, stories, corpus, tmp_path, monkeypatch, probed, layout):
+@pytest.mark.parametrize(
+    ("layout", "fusion", "steps"),
+    [("ports", "blocks", STEPS), ("packed", "blocks", STEPS), ("packed", "auto", min(STEPS, 60))],
+    ids=["ports", "packed", "chosen"],
+)
+def test_a_run_has_the_losses_of_backend_cpu(
+    fake_ane, stories, corpus, tmp_path, monkeypatch, probed, layout, fusion, steps
+):
+    """With blocks apart as any backend has them, and with the boundaries that a run chooses for an engine."""
     fake = fake_ane(seal=1)
     monkeypatch.setenv("ANERT_ANE_FRAMEWORK", fake.path)
-    losses, validation, started, summary = run(stories, corpus, tmp_path / "ane", "ane", layout, STEPS)
+    losses, validation, started, summary = run(stories, corpus, tmp_path / "ane", "ane", layout, steps, fusion=fusion)
     counts = fake.counts()
     assert started.backend == summary["backend"] == "ane" and started.layout == layout
     assert counts.compiles == summary["compiles"] == summary["kernels"] == len(set(fake.compiler.texts))
-    assert counts.refused == 0 and counts.evaluates > STEPS * 4 * 7
+    assert counts.refused == 0 and counts.evaluates > steps * (4 * 7 if fusion == "blocks" else 12)
 
     texts: list[str] = []
     monkeypatch.setattr(Watched, "texts", texts, raising=False)
     same = replace(ANE, compile_budget=1000)
+    if fusion == "auto":
+        monkeypatch.setattr(Watched, "name", "ane")  # then a run chooses as for an engine
     monkeypatch.setattr(Runtime, "_open", lambda rt, asked: (
         Watched(rt.pool, rt.precision, rt.heap, capabilities=same), ""))  # fmt: skip
-    wanted = run(stories, corpus, tmp_path / "cpu", "cpu", layout, STEPS)
-    assert len(losses) == STEPS and losses == wanted[0]
-    assert validation == wanted[1] and losses[-1] < losses[0] - min(1, STEPS / 200)
-    for step in (f"step-{STEPS * 7 // 10:08}", f"step-{STEPS:08}"):
+    wanted = run(stories, corpus, tmp_path / "cpu", "cpu", layout, steps, fusion=fusion)
+    assert len(losses) == steps and losses == wanted[0]
+    assert validation == wanted[1] and losses[-1] < losses[0] - min(1, steps / 200)
+    for step in (f"step-{steps * 7 // 10:08}", f"step-{steps:08}"):
         mine, theirs = (checkpoint.load(tmp_path / backend / step) for backend in ("ane", "cpu"))
         for a, b in ((mine.model, theirs.model), (mine.optim, theirs.optim)):
             assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)

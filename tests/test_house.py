@@ -35,6 +35,7 @@ LAYERS = (
     ("param", "nn", "tokenizer", "sampler"),
     ("optim", "model", "data", "plugin", "head", "health", "schedule"),
     ("runtime", "blocks"),
+    ("boundaries",),
     ("network", "checkpoint", "saver", "dist"),
     ("decode", "formats", "numpy_llama"),
     ("train", "inputs", "sample"),

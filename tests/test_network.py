@@ -61,10 +61,10 @@ def gradients(net, scale=256.0, seed=0):
 
 
 @pytest.mark.parametrize(("precision", "overall", "each"), [("fp32", 1e-3, 5e-3), ("bf16", 1.5e-2, 4e-2)])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_training_step_equals_pytorch(stories, batch, precision, overall, each):
+@pytest.mark.parametrize(("batch", "fusion"), [(1, "blocks"), (3, "blocks"), (1, "1"), (3, "2")])
+def test_training_step_equals_pytorch(stories, batch, fusion, precision, overall, each):
     torch_stories = pytest.importorskip("torch_stories", exc_type=ImportError)
-    net = network(model_of(stories), batch, precision=precision)
+    net = network(model_of(stories), batch, precision=precision, fusion=fusion)
     oracle = torch_stories.TorchStories(net.model.config, net.store.tensors())
     loss, grads = gradients(net)
     tokens, targets = batch_of(net)

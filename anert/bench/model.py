@@ -20,6 +20,7 @@ class Bench:
     """A network of a plugin's model with its weights drawn, and tokens to run it on."""
 
     def __init__(self, options: BenchOptions, train: bool) -> None:
+        from anert.boundaries import settle
         from anert.network import Network
         from anert.param import ParamStore
 
@@ -28,6 +29,7 @@ class Bench:
         self.batch = options.batch
         self.store = ParamStore(self.rt.heap, self.rt.pool, self.model.specs(), train)
         self.store.initialise(1)
+        settle(self.rt, self.model, self.config.seq_len, options.batch)
         self.net = Network(self.rt, self.model, self.store, self.config.seq_len, options.batch, train)
         self.store.sync()
         self.tokens, self.targets = _tokens(options, self.config, options.batch * self.config.seq_len)
@@ -35,7 +37,8 @@ class Bench:
 
     def about(self) -> dict[str, Any]:
         rt = self.rt
-        return {"backend": rt.backend.name, "precision": rt.precision, "layout": rt.layout, "threads": rt.pool.threads,
+        return {"backend": rt.backend.name, "precision": rt.precision, "layout": rt.layout,
+                "boundaries": rt.boundaries.label, "threads": rt.pool.threads,
                 "isa": rt.pool.isa, "seq_len": self.config.seq_len, "batch": self.batch, "params": self.store.n_params,
                 "kernels": self.net.kernels, "compiles": rt.backend.compiles,
                 "compile_ms": round(rt.backend.compile_ms, 2)}  # fmt: skip
