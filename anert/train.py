@@ -101,8 +101,7 @@ class TrainOptions:
 
 
 class Trainer:
-    """One run: prepares data and model, steps, validates, samples, saves. `run` is the generator that `train`
-    returns."""
+    """One run: prepares data and model, steps, validates, samples, saves. `run` is what `train` returns."""
 
     def __init__(
         self, plugin: Plugin, preset: str, config: Any, options: TrainOptions, stop: Callable[[], bool]
@@ -121,9 +120,8 @@ class Trainer:
         self.ended = self.waited = False
         self.moved = True
         """A step was usable since the run began or went back."""
-        self.trained_s = 0.0
+        self.trained_s = self.ui_ms = 0.0
         self.step_ms: list[float] = []
-        self.ui_ms = 0.0
 
     saver: Saver
 
