@@ -68,7 +68,9 @@ def _native() -> Iterator[Check]:
         pool = ffi.Pool()
         isas = ffi.isas()
     except AnertError as error:
-        yield Check("native", False, str(error), "build it: pip install -e . (needs a C compiler)")
+        named = [name for name in ("ANERT_BLAS", "ANERT_ISA", "ANERT_NUM_THREADS") if os.environ.get(name)]
+        remedy = f"correct or unset {', '.join(named)}" if named else "build it: pip install -e . (needs a C compiler)"
+        yield Check("native", False, str(error), remedy)
         return
     features = ", ".join(isas)
     slow = "scalar is all: a CPU with AVX2 or NEON computes many times faster" if len(isas) == 1 else ""

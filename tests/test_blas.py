@@ -155,6 +155,31 @@ def test_the_command_line_says_it_and_stops(tmp_path: Path) -> None:
     assert done.returncode == 3 and done.stderr.count("\n") == 1 and "/nowhere/blas.so does not open" in done.stderr
 
 
+def test_doctor_says_what_to_correct(monkeypatch: pytest.MonkeyPatch) -> None:
+    from anert.doctor import examine
+
+    monkeypatch.delenv("ANERT_ISA", raising=False)
+    monkeypatch.setenv("ANERT_BLAS", "/nowhere/blas.so")
+    check = next(c for c in examine(probe=False) if c.id == "native")
+    assert check.ok is False and "/nowhere/blas.so" in check.value and "unset ANERT_BLAS" in check.remedy
+
+
+@needs_library
+def test_doctor_says_who_multiplies() -> None:
+    code = """
+import json
+from anert.doctor import examine
+found = {}
+for check in examine(probe=False):
+    found[check.id] = check.value
+    if check.id == "threads":
+        break
+print(json.dumps([found["native"], found["blas"]]))
+"""
+    native, blas = python(code, ANERT_BLAS=LIBRARY)
+    assert native.endswith("blas is used") and f"large products by {LIBRARY}, the rest by " in blas
+
+
 @needs_library
 def test_who_chooses() -> None:
     """A library that is named is used; an instruction set that is named comes first."""
