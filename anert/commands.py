@@ -6,6 +6,7 @@ The engine is reached through three names only: train.train, sample.sample and r
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import math
 import os
@@ -105,7 +106,7 @@ def sample(plugin: Plugin, checkpoint: Path, prompt: str, settings: Mapping[str,
     first = math.nan
     texts: list[str] = []
     told: list[ev.Told] = []
-    for event in _told(plugin, checkpoint, prompt, settings):
+    for event in _begun(_told(plugin, checkpoint, prompt, settings)):
         if isinstance(event, ev.Text):
             first = time.perf_counter() - start if math.isnan(first) else first
             if event.index == len(texts):
@@ -136,6 +137,18 @@ def sample(plugin: Plugin, checkpoint: Path, prompt: str, settings: Mapping[str,
         }
         sys.stdout.write(dumps(found) + "\n")
     return 0
+
+
+def _begun(events: Iterator[ev.Event]) -> Iterator[ev.Event]:
+    """The events. Until the first of them Python does not look for garbage: what an engine's start makes stays."""
+    gc.disable()
+    try:
+        first = next(events, None)
+    finally:
+        gc.enable()
+    if first is not None:
+        yield first
+    yield from events
 
 
 def _told(plugin: Plugin, checkpoint: Path, prompt: str, settings: Mapping[str, Any]) -> Iterator[ev.Event]:
