@@ -140,10 +140,12 @@ def sample(plugin: Plugin, checkpoint: Path, prompt: str, settings: Mapping[str,
 
 
 def _begun(events: Iterator[ev.Event]) -> Iterator[ev.Event]:
-    """The events. Until the first of them Python does not look for garbage: what an engine's start makes stays."""
+    """The events. Until the first of them Python does not look for garbage, and never among what is there by then: what
+    an engine's start makes stays."""
     gc.disable()
     try:
         first = next(events, None)
+        gc.freeze()
     finally:
         gc.enable()
     if first is not None:
