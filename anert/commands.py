@@ -6,6 +6,7 @@ The engine is reached through three names only: train.train, sample.sample and r
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import math
 import os
@@ -105,7 +106,7 @@ def sample(plugin: Plugin, checkpoint: Path, prompt: str, settings: Mapping[str,
     first = math.nan
     texts: list[str] = []
     told: list[ev.Told] = []
-    for event in _told(plugin, checkpoint, prompt, settings):
+    for event in _begun(_told(plugin, checkpoint, prompt, settings)):
         if isinstance(event, ev.Text):
             first = time.perf_counter() - start if math.isnan(first) else first
             if event.index == len(texts):
@@ -138,6 +139,20 @@ def sample(plugin: Plugin, checkpoint: Path, prompt: str, settings: Mapping[str,
     return 0
 
 
+def _begun(events: Iterator[ev.Event]) -> Iterator[ev.Event]:
+    """The events. Until the first of them Python does not look for garbage, and never among what is there by then: what
+    an engine's start makes stays."""
+    gc.disable()
+    try:
+        first = next(events, None)
+        gc.freeze()
+    finally:
+        gc.enable()
+    if first is not None:
+        yield first
+    yield from events
+
+
 def _told(plugin: Plugin, checkpoint: Path, prompt: str, settings: Mapping[str, Any]) -> Iterator[ev.Event]:
     """Events of anert.sample.sample, or of the plugin's own sampler, which yields text for one sample a call."""
     if plugin.sample_with is None:
@@ -155,8 +170,8 @@ def _aside(event: ev.Event) -> None:
     if isinstance(event, ev.Notice):
         sys.stderr.write(f"anert: {event.text}\n")
     elif isinstance(event, ev.Told):
-        speeds = [f"prefill {event.prompt_tokens} tokens in {event.prefill_ms:.1f} ms "
-                  f"({event.prefill_tokens_per_s:.0f} tok/s)"]  # fmt: skip
+        speed = f"in {event.prefill_ms:.1f} ms ({event.prefill_tokens_per_s:.0f} tok/s)"
+        speeds = [f"prefill {event.prompt_tokens} tokens {speed if event.prefill_ms else 'before'}"]
         if event.tokens > 1:
             speeds.append(f"decode {event.tokens} tokens ({event.decode_tokens_per_s:.0f} tok/s)")
         sys.stderr.write(f"\nanert: {', '.join(speeds)}, ended by {event.reason}\n")

@@ -35,6 +35,7 @@ def evaluate(
     backend: str = "auto",
     precision: str = "fp32",
     threads: int = 0,
+    data_dtype: str = "auto",
 ) -> Iterator[Event]:
     """Yield Progress, and at the end Evaluated, of the first `tokens` (0: all) predictions on a text or token file.
 
@@ -49,7 +50,9 @@ def evaluate(
     model, tensors, load_vocabulary = open_model(plugin, Path(checkpoint), tokenizer)
     vocabulary = load_vocabulary()
     with tempfile.TemporaryDirectory(prefix="anert-eval-") as cache:
-        ids = yield from waited("tokenize", "B", lambda report: token_ids(Path(data), vocabulary, Path(cache), report))
+        ids = yield from waited(
+            "tokenize", "B", lambda report: token_ids(Path(data), vocabulary, Path(cache), report, data_dtype)
+        )
         vocab = model.config.vocab_size
         if int(ids.max()) >= vocab:
             raise InputError(
@@ -73,7 +76,11 @@ def evaluate(
 
 
 def token_ids(
-    data: Path, tokenizer: Tokenizer, cache: Path, report: Callable[[float, float], None]
+    data: Path,
+    tokenizer: Tokenizer,
+    cache: Path,
+    report: Callable[[float, float], None],
+    dtype: str = "auto",
 ) -> NDArray[np.int64]:
     """The ids of a text or token file, at least two of them."""
     from anert import data as files
@@ -82,7 +89,7 @@ def token_ids(
     if files.sniff(data) == "text":
         file = files.tokenize_file(data, tokenizer, cache / "tokens.bin", progress=report)
     else:
-        file = files.open_tokens(data)
+        file = files.open_tokens(data, dtype)
         check_tokenizer(str(data), file.tokenizer_hash, tokenizer.hash)
     if len(file.tokens) < 2:
         raise InputError(f"{data}: {len(file.tokens)} token, at least 2 are needed: one to see, one to predict")

@@ -158,6 +158,7 @@ class Told(Event):
     reason: str
     slid: int
     prefill_ms: float
+    """0: the prompt had been read, for a text before."""
     decode_ms: float
 
     @property

@@ -195,7 +195,8 @@ def open_data(
         )
     dataset = yield from waited(
         "tokenize", "B",
-        lambda report: data.prepare(source, tokenizer, cache, config.seq_len, options.val, config.vocab_size, report),
+        lambda report: data.prepare(source, tokenizer, cache, config.seq_len, options.val, config.vocab_size, report,
+                                    options.data_dtype),
     )  # fmt: skip
     if dataset.note:
         yield Notice("warning", dataset.note)
@@ -247,7 +248,7 @@ def _shared(world: World, mine: Inputs | None, config: Any) -> Inputs:
         told = {
             "out": str(mine.out), "config": dataclasses.asdict(d.config), "resumed": mine.resumed, "name": d.name,
             "val": float(val) if isinstance(val, (int, float)) else "", "tokenizer_name": d.tokenizer_name,
-            "label": d.dataset.name, "hash": d.dataset.tokenizer_hash,
+            "label": d.dataset.name, "hash": d.dataset.tokenizer_hash, "dtype": d.dataset.dtype,
         }  # fmt: skip
         vocabulary = mine.out / "data" / f"tokenizer-of-ranks{d.tokenizer.suffix}"
         with _writing(vocabulary.parent):
@@ -262,7 +263,8 @@ def _shared(world: World, mine: Inputs | None, config: Any) -> Inputs:
     if mine is not None:
         return mine
     config = _follow(config, told["config"], Path(told["out"]))
-    dataset = TokenDataset(tokens, config.seq_len, held_out, config.vocab_size, told["hash"], told["label"])
+    dataset = TokenDataset(tokens, config.seq_len, held_out, config.vocab_size, told["hash"], told["label"],
+                           dtype=told["dtype"])  # fmt: skip
     data = Data(dataset, load_tokenizer(vocabulary), told["tokenizer_name"], told["name"], config)
     return Inputs(Path(told["out"]), data, Weights(config), told["resumed"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from anert.errors import InputError
 
 
-def inspect(path: Path, arch: str = "") -> dict[str, Any]:
-    """Facts by name, `kind` and `format` first. Raises InputError with the best guess's reason for a damaged file."""
+def inspect(path: Path, arch: str = "", dtype: str = "auto") -> dict[str, Any]:
+    """Facts by name, `kind` and `format` first. dtype: of raw token ids. Raises InputError with the best guess's
+    reason for a damaged file."""
     from anert.formats import find, open_model_file
     from anert.formats.base import size_of
 
@@ -18,7 +20,7 @@ def inspect(path: Path, arch: str = "") -> dict[str, Any]:
     if found is not None:
         options: dict[str, Any] = {"arch": arch} if arch else {}
         return _model(open_model_file(path, **options), found.title, path)
-    for look in (_blob, _tensors, _tokens, _tokenizer):
+    for look in (_blob, _tensors, functools.partial(_tokens, dtype=dtype), _tokenizer):
         if facts := look(path):
             return {"path": str(path), "bytes": size_of(path), **facts}
     open_model_file(path)  # says why it is no model
@@ -66,12 +68,13 @@ def _tensors(path: Path) -> dict[str, Any]:
     return {"kind": "tensors", "format": "safetensors", "tensors": len(entries), "list": shapes}
 
 
-def _tokens(path: Path) -> dict[str, Any]:
+def _tokens(path: Path, dtype: str = "auto") -> dict[str, Any]:
     from anert import data
+    from anert.data import shards
     from anert.formats import llama2c
 
-    if path.is_dir():
-        return {}
+    if shards.is_shards(path):
+        return _shards(path) if path.name == shards.MANIFEST or (path / shards.MANIFEST).is_file() else {}
     if (kind := data.sniff(path)) == "text":
         return {}
     if kind == "raw":  # which anything may be
@@ -79,22 +82,38 @@ def _tokens(path: Path) -> dict[str, Any]:
             return {}
         if why := llama2c.nearly(path, _starts(path, llama2c.HEADER.size)):
             raise InputError(why)
-    found = data.open_tokens(path)
+    found = data.open_tokens(path, dtype)
     titles = {
         "anert": "anert token file",
         "llm.c": "llm.c token file",
-        "raw": "raw uint16 (llama2.c, maderix, nanoGPT)",
+        "raw": f"raw {found.tokens.dtype.name} (as llama2.c, maderix and nanoGPT write)",
     }
     facts = {
         "kind": "tokens", "format": titles[kind], "tokens": len(found.tokens), "dtype": str(found.tokens.dtype),
         "largest_id": max((int(found.tokens[i : i + (1 << 22)].max()) for i in range(0, len(found.tokens), 1 << 22)),
                           default=-1),
     }  # fmt: skip
+    if found.note:
+        facts["note"] = found.note
     if kind == "anert":
         documents = 0 if found.documents is None else len(found.documents)
         facts |= {"vocab_size": found.vocab_size, "bos_id": found.bos_id, "eos_id": found.eos_id,
                   "documents": documents, "tokenizer_hash": found.tokenizer_hash}  # fmt: skip
     return facts
+
+
+def _shards(path: Path) -> dict[str, Any]:
+    from anert.data.shards import open_shards, read_manifest
+
+    manifest, content = read_manifest(path)
+    train, val = (open_shards(path, part) for part in ("train", "val"))
+    names = ("vocab_size", "bos_id", "eos_id", "documents", "tokenizer_hash")
+    return {
+        "kind": "tokens", "format": "anert token shards", "tokens": len(train.tokens), "val_tokens": len(val.tokens),
+        "dtype": str(train.tokens.dtype), "shards": sum(f["part"] == "train" for f in content["files"]),
+        **{name: content[name] for name in names},
+        "checked": f"sizes and headers; anert verify tokens {manifest.parent} reads every byte",
+    }  # fmt: skip
 
 
 def _tokenizer(path: Path) -> dict[str, Any]:

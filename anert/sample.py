@@ -90,13 +90,39 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return ids
 
 
+class Prefix:
+    """The tokens that an engine saw first, and what came out: a text that begins with the same ones goes on from there,
+    by the engine's cache."""
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._logits = np.zeros(0, np.float32)
+
+    def read(self, engine: Engine, tokens: Sequence[int]) -> tuple[np.ndarray, float]:
+        """(logits behind `tokens`, which alone the engine has seen then; ms that it took, 0: seen before)."""
+        if self._tokens == list(tokens):
+            engine.rewind(len(self._tokens))
+            return self._logits.copy(), 0.0
+        start = time.perf_counter()
+        engine.rewind(0)
+        self._logits, self._tokens = engine.extend(tokens).copy(), list(tokens)
+        return self._logits.copy(), (time.perf_counter() - start) * 1e3
+
+    def lose(self) -> None:
+        """The engine's cache holds something else."""
+        self._tokens = []
+
+
 def tell(
-    engine: Engine, tokenizer: Tokenizer, prompt: str, settings: Sampler, limits: Limits, index: int = 0
-) -> Iterator[Event]:
+    engine: Engine, tokenizer: Tokenizer, prompt: str, settings: Sampler, limits: Limits, index: int = 0,
+    prefix: Prefix | None = None,
+) -> Iterator[Event]:  # fmt: skip
     """Yield the prompt and what the model makes of it as Text, and at the end Told.
 
-    Past the engine's capacity the context slides: bos and the newest half are read again, with a notice.
+    Past the engine's capacity the context slides: bos and the newest half are read again, with a notice. prefix: of an
+    engine that nothing else uses between texts, so that a prompt is read once for all of them.
     """
+    prefix = prefix or Prefix()
     ids = encode_prompt(tokenizer, prompt)
     rng, stream, stops = settings.generator(), tokenizer.decode_stream(), StopStrings(limits.stop)
     for token in ids:
@@ -104,15 +130,13 @@ def tell(
     if prompt:
         yield Text(prompt, index)  # as it was written: a decoder may not give the very characters back
     context, n_prompt, slid, made, reason = list(ids), len(ids), 0, 0, "length"
-    start = time.perf_counter()
     if len(context) > engine.capacity:
         context = _slide(context, engine.capacity, tokenizer.bos_id)
         slid += 1
         yield _slid_notice(engine.capacity)
-    engine.rewind(0)
-    logits = engine.extend(context)
+    logits, prefill_ms = prefix.read(engine, context)
     now = time.perf_counter()
-    prefill_ms, end = (now - start) * 1e3, now + limits.seconds
+    end = now + limits.seconds
     while made < limits.max_tokens:
         if made and time.perf_counter() >= end:
             reason = "time"
@@ -136,6 +160,7 @@ def tell(
                 yield _slid_notice(engine.capacity)
             slid += 1
             context = _slide(context, engine.capacity, tokenizer.bos_id)
+            prefix.lose()
             engine.rewind(0)
             logits = engine.extend(context)
         else:
@@ -227,8 +252,9 @@ def sample(
     told = open_engine(model, tensors, engine, backend, precision, threads, n_prompt, weights)
     if getattr(told, "networks", None):
         yield Notice("info", "this model mixes positions outside attention: every token runs the whole window again")
+    prefix = Prefix()
     for i, sampler in enumerate(samplers):
-        yield from tell(told, vocabulary(), prompt, sampler, limits, i)
+        yield from tell(told, vocabulary(), prompt, sampler, limits, i, prefix)
 
 
 def generate(checkpoint: Path | str, prompt: str, plugin: Plugin, **options: Any) -> Iterator[str]:

@@ -70,6 +70,8 @@ class TrainOptions:
     """Text or token file; empty: the plugin's own corpus."""
     val: str = "0.05"
     """A fraction of the data's tail, or a file."""
+    data_dtype: str = "auto"
+    """Of raw token files without a header: uint16, uint32, or auto: uint32 where the numbers show it."""
     tokenizer: str = ""
     """Tokenizer file; empty: one that the data names, or one trained on it."""
     init: str = "scratch"
@@ -99,8 +101,7 @@ class TrainOptions:
 
 
 class Trainer:
-    """One run: prepares data and model, steps, validates, samples, saves. `run` is the generator that `train`
-    returns."""
+    """One run: prepares data and model, steps, validates, samples, saves. `run` is what `train` returns."""
 
     def __init__(
         self, plugin: Plugin, preset: str, config: Any, options: TrainOptions, stop: Callable[[], bool]
@@ -119,9 +120,8 @@ class Trainer:
         self.ended = self.waited = False
         self.moved = True
         """A step was usable since the run began or went back."""
-        self.trained_s = 0.0
+        self.trained_s = self.ui_ms = 0.0
         self.step_ms: list[float] = []
-        self.ui_ms = 0.0
 
     saver: Saver
 

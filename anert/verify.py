@@ -1,7 +1,8 @@
-"""Proofs about a training run. `resume`: a run that is interrupted and resumed has the bits of the one that is not.
+"""Proofs. `resume`: a run that is interrupted and resumed has the bits of the one that is not. `tokens`: token files
+are to the last bit what was written.
 
-What is compared: the loss, gradient norm and loss scale of every step, every validation, and at the end the sha256 of
-every weight and moment and of what else a checkpoint carries on.
+What `resume` compares: the loss, gradient norm and loss scale of every step, every validation, and at the end the
+sha256 of every weight and moment and of what else a checkpoint carries on.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def _arranged(
     kind, seq_len = data.tokenizer, config.seq_len
     n = max(2, int(options.steps * options.batch * accum / EPOCHS))
     n += n % (options.batch * accum) == 0
-    tokens = open_tokens(data.dataset.path).tokens
+    tokens = open_tokens(data.dataset.path, options.data_dtype).tokens
     if len(tokens) < 3 * seq_len + 2:
         raise InputError(f"{data.name} has {len(tokens):,} tokens: {3 * seq_len + 2:,} at least are needed")
     n = min(n, (len(tokens) - 1) // seq_len - 1)
@@ -114,7 +115,8 @@ def _arranged(
     vocabulary = base / f"tokenizer{kind.suffix}"
     kind.save(vocabulary)
     return dataclasses.replace(
-        options, data=str(base / "train.bin"), val=str(base / "val.bin"), tokenizer=str(vocabulary), grad_accum=accum,
+        options, data=str(base / "train.bin"), val=str(base / "val.bin"), data_dtype="auto",
+        tokenizer=str(vocabulary), grad_accum=accum,
         loss_scale="dynamic", scale_window=2, eval_every=3, eval_tokens=2 * seq_len, save_every=0, sample_every=0,
         time_budget_s=0.0, init="scratch",
     )  # fmt: skip
@@ -203,3 +205,32 @@ def _checks(straight: Trace, interrupted: Trace, two: Trace, cuts: dict[int, str
         count = f"{len(straight.steps)} steps, {len(straight.validated)} validations, {len(straight.digests)} hashes"
         checks.append(Check(name, not wrong, wrong or f"{what} are equal: {count}"))
     return checks
+
+
+def tokens(path: Path) -> Generator[Event, None, list[Check]]:
+    """Read all of a directory of shards, or of a token file; returns the checks, a file each.
+
+    Shards: sha256 of every file against the manifest. A file of ours: every id is of its vocabulary, documents begin in
+    order. Raises InputError where header or manifest cannot be read, or the file has neither.
+    """
+    from anert.data.shards import damaged, is_shards, read_manifest
+    from anert.data.token_file import check_ids, open_tokens
+
+    if is_shards(path):
+        total, done, checks = sum(f["bytes"] for f in read_manifest(path)[1]["files"]), 0, list[Check]()
+        for name, wrong, size in damaged(path):
+            done += size
+            checks.append(Check(name, not wrong, wrong or f"{size:,} bytes, sha256 as written"))
+            yield Progress("verify", done, total, "B")
+        return checks
+    file = open_tokens(path)
+    if not file.vocab_size:
+        raise InputError(f"{path}: {file.kind} tokens, which say neither vocabulary nor checksum: nothing to verify by")
+    n, starts = len(file.tokens), file.documents
+    try:
+        check_ids(file.tokens, file.vocab_size, path)
+    except InputError as error:
+        return [Check(path.name, False, str(error))]
+    if starts is not None and (bool((starts[1:] < starts[:-1]).any()) or int(starts[-1]) > n):
+        return [Check(path.name, False, "its documents do not begin in order: damaged token file")]
+    return [Check(path.name, True, f"{n:,} ids, all of the vocabulary of {file.vocab_size:,}")]

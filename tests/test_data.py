@@ -191,6 +191,47 @@ def test_every_kind_of_file_is_told_by_its_content(shared_data, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("ids", "dtype", "guess"),
+    [
+        (np.random.default_rng(1).integers(0, 32000, 5000), "<u2", "uint16"),
+        (np.random.default_rng(1).integers(0, 32000, 5000), "<u4", "uint32"),
+        (np.random.default_rng(2).integers(0, 200_000, 5000), "<u4", "uint32"),
+        (np.random.default_rng(3).integers(0, 90, 5000), "<u4", "uint32"),  # characters
+        (np.random.default_rng(3).integers(0, 90, 5000), "<u2", "uint16"),
+        (np.random.default_rng(4).integers(0, 12, 5000), "<u2", "uint16"),
+        (np.arange(10), "<u2", "uint16"),
+        (np.zeros(300), "<u2", "uint16"),
+        (np.array([5, 300, 7000]), "<u4", ""),  # or 5, 0, 300, 0, 7000, 0
+        (np.array([1000, 3, 2000, 2]), "<u2", ""),  # or 197,608 and 133,072
+    ],
+)
+def test_raw_ids_are_of_the_dtype_that_shows_or_is_told(tmp_path, ids, dtype, guess):
+    path = raw(tmp_path / "t.bin", ids, dtype)
+    if guess:
+        file = data.open_tokens(path)
+        assert file.tokens.dtype.name == guess == np.dtype(dtype).name and file.tokens.tolist() == ids.tolist()
+        assert ("--data-dtype uint16" in file.note) == (guess == "uint32")
+    else:
+        with pytest.raises(InputError, match=r"raw uint16 ids or . uint32 ones.*: give --data-dtype uint16 or uint32"):
+            data.open_tokens(path)
+    for told in ("uint16", "uint32"):
+        if path.stat().st_size % np.dtype(told).itemsize == 0:
+            file = data.open_tokens(path, told)
+            assert file.tokens.tolist() == np.fromfile(path, told).tolist() and not file.note
+    with pytest.raises(InputError, match="expected auto, uint16 or uint32"):
+        data.open_tokens(path, "int8")
+
+
+def test_a_told_dtype_reaches_the_dataset_and_a_guess_is_noted(tmp_path):
+    wide = raw(tmp_path / "wide.bin", np.arange(1000), "<u4")
+    guessed, told = data.TokenDataset(wide, 8), data.prepare(wide, None, tmp_path, 8, wide, 1000, dtype="uint16")
+    assert guessed.train_tokens + guessed.val_tokens == 1000 and "read as uint32" in guessed.note
+    assert told.train_tokens == told.val_tokens == 2000 and told.note == ""
+    with pytest.raises(InputError, match="6 bytes are no uint32 ids"):
+        data.open_tokens(raw(tmp_path / "odd.bin", np.arange(3)), "uint32")
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
     [
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),

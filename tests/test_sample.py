@@ -224,6 +224,59 @@ def test_the_real_context_slides(real):
     assert again[-1].tokens == 150 or again[-1].reason == "end"
 
 
+# ---- several texts of one prompt
+
+
+@pytest.mark.parametrize("engine", ["mil", "numpy"])
+def test_a_prompt_is_read_once_for_all_texts_and_nothing_changes(real, shared_data, monkeypatch, engine):
+    """Each text is what its seed gives alone, where the context slides too and the cache is overwritten."""
+    import anert.sample as module
+
+    folder, reads = shared_data / "llama2c", []
+
+    class Recording:
+        def __init__(self, inner, capacity):
+            self.inner, self.capacity = inner, capacity
+
+        position = property(lambda self: self.inner.position)
+
+        def rewind(self, position):
+            self.inner.rewind(position)
+
+        def extend(self, tokens):
+            reads.append(len(tokens))
+            return self.inner.extend(tokens)
+
+    def opened(*args, **kwargs):
+        return Recording(open_engine(*args, **kwargs), 64)
+
+    monkeypatch.setattr(module, "open_engine", opened)
+
+    def texts(n, seed, tokens):
+        events = list(
+            module.sample(folder / "stories260K.bin", "Once upon a time there was a dog", load(STORIES),
+                          str(folder / "tok512.bin"), n, tokens, engine=engine, backend="cpu", temperature=1.0,
+                          seed=seed)
+        )  # fmt: skip
+        out = [""] * n
+        for e in events:
+            if isinstance(e, Text):
+                out[e.index] += e.text
+        return out, [e for e in events if isinstance(e, module.Told)]
+
+    for tokens, slides in ((30, 0), (80, 1)):
+        alone = [texts(1, 7 + i, tokens)[0][0] for i in range(3)]
+        reads.clear()
+        together, ends = texts(3, 7, tokens)
+        assert together == alone and len(set(alone)) == 3
+        prompt = ends[0].prompt_tokens
+        if slides:
+            assert any(e.slid for e in ends) and reads.count(prompt) >= 1
+        else:
+            assert reads.count(prompt) == 1 and set(reads) == {prompt, 1}
+            assert [e.prefill_ms > 0 for e in ends] == [True, False, False] and ends[1].prefill_tokens_per_s == 0
+
+
 # ---- the command
 
 

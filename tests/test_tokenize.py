@@ -1,7 +1,6 @@
 """Texts to token files: every input and output, workers and shards, memory, interrupts; and the command line of it."""
 
 import gzip
-import hashlib
 import io
 import json
 import os
@@ -20,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anert import cli, data
-from anert.data import corpus, shards, text, token_file
+from anert.data import corpus, text, token_file
 from anert.data.corpus import Options, tokenize
 from anert.errors import InputError
 from anert.events import Notice, Progress
@@ -185,116 +184,6 @@ def test_workers_write_the_same_bytes(tokenizer, stories, tmp_path, monkeypatch,
     for path in (tmp_path / "s").glob("*.bin"):
         assert path.read_bytes() == (tmp_path / "t" / path.name).read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.bin", "a.val.bin", "b.bin", "b.val.bin", "s", "t"]
-
-
-# ---- shards
-
-
-def test_shards_are_one_file(tokenizer, stories, tmp_path):
-    report, _ = run([stories], tokenizer, tmp_path / "s", shard_bytes=300_000)
-    assert report.complete and report.shards == 5
-    run([stories], tokenizer, tmp_path / "one.bin")
-    one, many = data.open_tokens(tmp_path / "one.bin"), data.open_tokens(tmp_path / "s")
-    assert many.kind == "shards" and len(many.tokens) == report.tokens == len(one.tokens)
-    assert np.asarray(many.tokens).tolist() == one.tokens.tolist()
-    assert (many.vocab_size, many.tokenizer_hash) == (tokenizer.vocab_size, tokenizer.hash)
-    a, b = (data.prepare(tmp_path / n, tokenizer, tmp_path, 64, 0.1, 300) for n in ("one.bin", "s"))
-    assert (a.n_windows, a.n_val_windows) == (b.n_windows, b.n_val_windows)
-    for _, x, y in zip(range(200), a.train_batches(3, 1), b.train_batches(3, 1), strict=False):
-        assert (x[0] == y[0]).all() and (x[1] == y[1]).all()
-    for x, y in zip(a.val_windows(), b.val_windows(), strict=True):
-        assert (x[0] == y[0]).all()
-    assert a.unigram_entropy() == pytest.approx(b.unigram_entropy())
-    assert data.open_tokens(tmp_path / "s" / "manifest.json").tokenizer_hash == tokenizer.hash
-    for entry in json.loads((tmp_path / "s" / "manifest.json").read_text())["files"]:
-        assert entry["sha256"] == hashlib.sha256((tmp_path / "s" / entry["name"]).read_bytes()).hexdigest()
-
-
-def test_a_slice_within_a_shard_is_a_view():
-    parts = [np.arange(a, b, dtype="<u2") for a, b in ((0, 5), (5, 5), (5, 12))]
-    joined = shards.Joined(parts)
-    assert np.shares_memory(joined[6:9], parts[2]) and joined[6:9].tolist() == [6, 7, 8]
-    assert len(joined) == 12 and [joined[i] for i in range(12)] == list(range(12)) and joined[-1] == 11
-    with pytest.raises(IndexError):
-        joined[12]
-    assert len(shards.Joined([])) == 0 and len(shards.Joined([])[:]) == 0
-
-
-@given(st.lists(st.lists(st.integers(0, 9), max_size=5), max_size=5), st.integers(-2, 30), st.integers(-2, 30))
-def test_joined_is_the_concatenation(parts, a, b):
-    whole = [i for p in parts for i in p]
-    joined = shards.Joined([np.array(p, "<u2") for p in parts])
-    assert np.asarray(joined[a:b]).tolist() == whole[a:b]
-    assert np.asarray(joined[a:][:b]).tolist() == whole[a:][:b]
-
-
-def test_shards_with_validation_give_it_to_the_trainer(tokenizer, stories, tmp_path):
-    for raw in (False, True):
-        out = tmp_path / f"s{raw}"
-        report, _ = run([stories], tokenizer, out, Options(val=0.05, raw=raw), shard_bytes=500_000)
-        ds = data.TokenDataset(out, 64, 0.3, 300, tokenizer.hash)
-        assert (ds.train_tokens, ds.val_tokens) == (report.tokens, report.val_tokens) and report.val_tokens > 1000
-        assert len(list(ds.val_windows())) == (report.val_tokens - 1) // 64
-
-
-def test_machines_share_the_shards_and_the_last_writes_the_manifest(tokenizer, stories, tmp_path):
-    out = tmp_path / "s"
-    for i in (2, 0, 1):
-        report, _ = run([stories], tokenizer, out, shard=(i, 3), shard_bytes=300_000)
-        assert report.complete == (i == 1) and report.shards == (1 if i == 2 else 2)
-        if i != 1:
-            with pytest.raises(InputError, match=r"no manifest.json, . shards finished: run the same"):
-                data.open_tokens(out)
-    run([stories], tokenizer, tmp_path / "one.bin")
-    assert np.asarray(data.open_tokens(out).tokens).tolist() == data.open_tokens(tmp_path / "one.bin").tokens.tolist()
-
-
-def test_finished_shards_are_skipped_and_others_made_again(tokenizer, stories, tmp_path):
-    out = tmp_path / "s"
-    run([stories], tokenizer, out, shard_bytes=300_000)
-    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.glob("*.bin")}
-    (out / "shard-00001.bin").write_bytes(b"half")
-    (out / "shard-00003.json").unlink()
-    with pytest.raises(InputError, match=r"4 bytes, .* expected: delete shard-00001.json"):
-        data.open_tokens(out)
-    report, events = run([stories], tokenizer, out, shard_bytes=300_000)
-    assert report.skipped == 3 and isinstance(events[0], Notice)
-    after = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.glob("*.bin")}
-    assert {n for n in after if after[n][0] != before[n][0]} == {"shard-00001.bin", "shard-00003.bin"}
-    assert {n: b for n, (_, b) in after.items()} == {n: b for n, (_, b) in before.items()}
-
-
-def test_a_directory_of_something_else_is_refused(tokenizer, stories, tmp_path):
-    out = tmp_path / "s"
-    run([stories], tokenizer, out, shard_bytes=300_000)
-    other = ByteBPETokenizer.train(["abc abc"], 258)
-    with pytest.raises(InputError, match="made of other texts, options or tokenizer"):
-        run([stories], other, out, shard_bytes=300_000)
-    with pytest.raises(InputError, match="made of other texts"):
-        run([stories], tokenizer, out, shard_bytes=600_000)
-    report, _ = run([stories], other, out, shard_bytes=600_000, force=True)
-    assert report.shards == 3 and len(list(out.glob("*.bin"))) == 3
-    assert data.open_tokens(out).tokenizer_hash == other.hash
-    with pytest.raises(InputError, match="tokenize the text again"):
-        data.TokenDataset(out, 64, 0.1, 300, tokenizer.hash)
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda m: m.write_text("{"), "damaged"),
-        (lambda m: m.write_text("[]"), "damaged"),
-        (lambda m: m.write_text(m.read_text().replace('"version": 1', '"version": 9')), "update anert"),
-        (lambda m: m.with_name("shard-00000.bin").unlink(), "missing: delete shard-00000.json"),
-        (lambda m: m.unlink(), "no manifest.json, 3 shards finished"),
-        (lambda m: [p.unlink() for p in m.parent.iterdir()], "a directory without manifest.json"),
-    ],
-)
-def test_shards_that_are_damaged(tokenizer, stories, tmp_path, change, says):
-    run([stories], tokenizer, tmp_path / "s", shard_bytes=600_000)
-    change(tmp_path / "s" / "manifest.json")
-    with pytest.raises(InputError, match=says):
-        data.open_tokens(tmp_path / "s")
 
 
 # ---- bad input
@@ -559,11 +448,12 @@ def test_tokenizer_without_an_action(capsys):
     assert cli.main(["tokenizer", "paint"]) == 2
 
 
-def test_the_benchmark_compares_equal_ids(stories, tokenizer_file, tmp_path, capsys):
+def test_the_benchmark_compares_equal_ids(stories, tokenizer_file, tmp_path, capsys, monkeypatch):
     for module in ("tiktoken", "tokenizers", "sentencepiece"):
         pytest.importorskip(module)
     (tmp_path / "t.txt").write_text(stories.read_text(encoding="utf-8")[:60_000].replace("<|endoftext|>", ""))
-    words = ["tokenizer", "bench", str(tmp_path / "t.txt"), "--rounds", "2", "--json"]
+    fast = ["--rounds", "2", "--warmup", "1", "--max-spread", "1000", "--no-wait"]
+    words = ["bench", "tokenizer", "--text", str(tmp_path / "t.txt"), *fast, "--json"]
     for more in ([], ["--tokenizer", tokenizer_file]):
         assert cli.main([*words, *more]) == 0
         rows = {r["name"]: r for r in json.loads(capsys.readouterr().out.splitlines()[-1])["results"]}
@@ -572,6 +462,12 @@ def test_the_benchmark_compares_equal_ids(stories, tokenizer_file, tmp_path, cap
             assert r["unit"] == "MB/s" and r["n"] == 2 and 0 < r["p10"] <= r["median"] <= r["p90"]
             if r["baseline"]:
                 assert r["ratio"] == pytest.approx(r["median"] / rows[r["baseline"]]["median"]) and "to" in name
-    assert cli.main(["tokenizer", "bench", str(tmp_path / "none.txt")]) == 2
+    assert cli.main(["bench", "tokenizer", "--text", str(tmp_path / "none.txt")]) == 2
+    assert cli.main(["bench", "tokenizer"]) == 2 and "--text FILE" in capsys.readouterr().err
+    assert cli.main([*words, "--tokenizer", str(tmp_path / "none.json")]) == 2
+    assert "none.json" in capsys.readouterr().err
+    with monkeypatch.context() as m:
+        m.setattr("anert.bench.tokenizer.tiktoken_of", lambda tokenizer: lambda text: tokenizer.encode(text)[1:])
+        assert cli.main(words) == 1 and "tiktoken has other ids" in capsys.readouterr().err
     (tmp_path / "t.txt").write_text(" ")
     assert cli.main(words) == 2 and "no text in it" in capsys.readouterr().err

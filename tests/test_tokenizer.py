@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from anert.errors import InputError
@@ -96,9 +96,12 @@ def test_llama_is_sentencepiece_on_any_text(llama, sentencepiece_llama, text):
     assert llama.decode(ids) == sentencepiece_llama.decode(ids)
 
 
+@example([197, 1, 131])  # a control token between the bytes of a character
 @given(st.lists(st.integers(0, 31999) | st.integers(0, 300), max_size=30))
 def test_llama_decodes_any_ids_as_sentencepiece(llama, sentencepiece_llama, ids):
-    assert llama.decode(ids) == sentencepiece_llama.decode(ids)
+    stream = llama.decode_stream()
+    streamed = "".join(map(stream.push, ids)) + stream.flush()
+    assert llama.decode(ids) == sentencepiece_llama.decode(ids) == streamed
 
 
 def test_llama_follows_sentencepiece_where_run_c_differs(llama):
@@ -459,6 +462,40 @@ def test_short_and_long_merging_agree(symbols, data):
     table = data.draw(st.dictionaries(pairs, st.tuples(st.integers(0, 3), st.integers(0, 9)), max_size=25))
     merges = Merges({p: r for p, (r, _) in table.items()}, {p: s for p, (_, s) in table.items()})
     assert merges.short(symbols[:]) == merges.long(symbols[:])
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_symbols_that_are_reached_are_what_merging_makes_of_their_atoms(data):
+    """Any table over "abc", in the order of a training or not: what is proven is so; of an ordered table, all that is
+    so is proven."""
+    texts, ids, merges = ["a", "b", "c"], {"a": 0, "b": 1, "c": 2}, {}
+    for _ in range(data.draw(st.integers(0, 14))):
+        pair = tuple(data.draw(st.lists(st.integers(0, len(texts) - 1), min_size=2, max_size=2)))
+        text = texts[pair[0]] + texts[pair[1]]
+        if len(text) > 9 or pair in merges:
+            continue
+        if text not in ids:
+            ids[text] = len(texts)
+            texts.append(text)
+        merges[pair] = ids[text]
+    in_order = data.draw(st.booleans())
+    pairs = list(merges) if in_order else data.draw(st.permutations(list(merges)))
+    table = Merges({p: r for r, p in enumerate(pairs)}, merges)
+    alone = [table.apply([ids[c] for c in text]) == [i] for i, text in enumerate(texts)]
+    proven = list(table.reached(range(3), len(texts)))
+    assert proven[:3] == [1, 1, 1] and all(a for a, p in zip(alone, proven, strict=True) if p)
+    made_before_use = all(not any(i in used for used in pairs[:r]) for r, p in enumerate(pairs) for i in [merges[p]])
+    if made_before_use:
+        assert proven == alone
+
+
+def test_words_that_are_tokens_are_what_merging_makes(gpt2, shared_data):
+    for tokenizer in (gpt2, ByteBPETokenizer.train([read(shared_data, "andersen_da_200k")], 2000)):
+        tokens = {t: i for i, t in enumerate(tokenizer.vocabulary.tokens) if t}
+        assert tokenizer._merged_alone() == tokens  # every word that training merged
+        for token, i in tokens.items():
+            assert tokenizer._merges.apply([tokenizer._byte_id(b) for b in token]) == [i]
 
 
 # ---- bad input

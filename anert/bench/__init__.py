@@ -21,7 +21,7 @@ BENCHMARKS = {
     "decode": ("token after token from a cache, fp16 and int8 weights, and the first token of a process", "decode"),
     "prefill": ("a prompt into the cache", "decode"),
     "train": ("a training step of a model: forward, backward, gradients, clip, AdamW, weight sync", "model"),
-    "tokenizer": ("both tokenizers beside tiktoken, tokenizers and sentencepiece on --data TEXT", "tokenizer"),
+    "tokenizer": ("both tokenizers beside tiktoken, tokenizers and sentencepiece on --text FILE", "tokenizer"),
     "strategies": ("weights as tensors against weights baked into the programs, over a run", "strategies"),
     "scaling": ("a training step along --axis, and which points leave the line", "scaling"),
     "soak": ("many steps of a small model: memory, files, time and compiles stay as they are", "soak"),

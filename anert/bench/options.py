@@ -17,7 +17,8 @@ class BenchOptions:
     """plugin, preset: the model whose shapes are measured. seq_len 0: the preset's. threads 0: what the machine grants.
     size: elements of an array benchmark, 0: past the last-level cache. peers: (name, path or empty). steps, seconds:
     length of a run, 0: the benchmark's own. axis, values: what a scaling varies. compile_budget: of a run that bakes
-    its weights. overrides: fields of the model's config."""
+    its weights. overrides: fields of the model's config. texts, tokenizers: files that tokenizers are
+    measured on."""
 
     plugin: str = ""
     preset: str = ""
@@ -37,6 +38,8 @@ class BenchOptions:
     values: tuple[int, ...] = ()
     compile_budget: int = 0
     overrides: tuple[tuple[str, int], ...] = ()
+    texts: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = ()
 
     def runtime(self) -> Runtime:
         from anert.runtime import Runtime

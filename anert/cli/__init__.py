@@ -36,7 +36,7 @@ VERBS = {
     "inspect": ("tell what a model, token, tokenizer or weight file is", "inspect"),
     "convert": ("write a model file in another format", "convert"),
     "new": ("write a model plugin that trains as it stands", "new"),
-    "verify": ("prove that an interrupted run goes on bit for bit", "verify"),
+    "verify": ("prove that an interrupted run goes on bit for bit, or that tokens are what was written", "verify"),
     "doctor": ("look at this machine, and probe its Neural Engine", "doctor"),
     "bench": ("measure, side by side, what this machine does", "bench"),
     "estimate": ("a training step on a Neural Engine, on paper, from the kernels that would run", "estimate"),

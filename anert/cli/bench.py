@@ -41,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
     peers = tuple((name, path) for name, _, path in (peer.partition("=") for peer in found.peer))
     options = BenchOptions(found.plugin or "", "", found.seq_len, found.batch, found.precision, found.backend,
                            found.layout, found.threads, found.isa, found.size, found.data, peers, found.steps,
-                           found.seconds, found.axis, _values(found.values), found.compile_budget)  # fmt: skip
+                           found.seconds, found.axis, _values(found.values), found.compile_budget,
+                           texts=tuple(found.text), tokenizers=tuple(found.tokenizer))  # fmt: skip
     baseline = _saved(found.compare) if found.compare else {}
     module: Any = importlib.import_module(f"anert.bench.{BENCHMARKS[found.name][1]}")
     if hasattr(module, "results"):
@@ -86,6 +87,8 @@ def _parser() -> Parser:
     add("--isa", default="auto", metavar="NAME", help="an instruction set of anert doctor's list [%(default)s]")
     add("--size", default=0, type=reader(int), metavar="N", help="elements of an array benchmark [past the caches]")
     add("--data", default="", metavar="FILE", help="a token file [drawn ids]")
+    add("--text", action="append", default=[], metavar="FILE", help="English text for tokenizer; repeatable")
+    add("--tokenizer", action="append", default=[], metavar="FILE", help="[one of each kind, learnt from the text]")
     add("--peer", action="append", default=[], metavar="NAME[=PATH]", help="measure beside: torch, ...; repeatable")
     add("--rounds", default=0, type=reader(int), metavar="N", help="timings a case [7; strategies: 1]")
     add("--steps", default=0, type=reader(int), metavar="N", help="length of a run [strategies: 12, soak: 20000]")

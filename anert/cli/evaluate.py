@@ -20,6 +20,7 @@ def main(argv: Sequence[str]) -> int:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", type=Path, help="a run's directory, a step's, or a model file")
     add("--data", required=True, metavar="FILE", help="text, or a file of token ids")
+    add("--data-dtype", default="auto", metavar="NAME", help="of raw ids: uint16 or uint32 [as the numbers show]")
     add("--plugin", default="", metavar="PLUGIN", help="a file or an installed name [the checkpoint's, else stories]")
     add("--tokenizer", default="", metavar="FILE", help="tokenizer file [the checkpoint's own]")
     add("--tokens", default=0, type=reader(int), metavar="N", help="how many to predict; 0: all [%(default)s]")
@@ -33,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     from anert.evaluate import evaluate
 
     meter = Meter()
-    options = {k: getattr(found, k) for k in ("tokenizer", "tokens", "backend", "precision", "threads")}
+    options = {k: getattr(found, k) for k in ("tokenizer", "tokens", "backend", "precision", "threads", "data_dtype")}
     for event in evaluate(found.checkpoint, found.data, plugin, **options):
         meter.show(event)
         if isinstance(event, Evaluated):

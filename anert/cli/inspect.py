@@ -22,9 +22,10 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="anert inspect", description=ABOUT)
     parser.add_argument("path", metavar="PATH", type=Path, help="file or directory")
     parser.add_argument("--arch", default="", choices=ARCHITECTURES, help="how a BLZT checkpoint was trained")
+    parser.add_argument("--data-dtype", default="auto", metavar="NAME", help="of raw token ids: uint16 or uint32")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     found = parser.parse(argv)
-    facts = inspect(found.path, found.arch)
+    facts = inspect(found.path, found.arch, found.data_dtype)
     if found.json:
         print(json.dumps(facts))
     else:

@@ -109,16 +109,21 @@ def _read(path: Path) -> str:
 
 
 def _kernels(preset: Preset) -> Iterator[tuple[str, str, dict[str, bytes]]]:
-    """(name, text, weight files) of every distinct kernel of a preset, in the wire form of a Mac not yet probed."""
+    """(name, text, weight files) of every distinct kernel of a preset, in the wire form of a Mac not yet probed: of
+    both layouts, and of all boundaries that a run may choose there."""
     from anert.blocks import build_blocks
+    from anert.boundaries import candidates
     from anert.capabilities import ANE
+    from anert.stages import Boundaries
 
     model: Any = preset.model(preset.config)
     seen: set[str] = set()
-    for layout in ("ports", "packed"):
+    for bounds in (Boundaries("ports"), *candidates(ANE)):
+        if bounds.group and model.config.n_layers % bounds.group:
+            continue
         for train in (True, False):
             try:
-                blocks = build_blocks(model, preset.config.seq_len, 1, train, layout, ANE)
+                blocks = build_blocks(model, preset.config.seq_len, 1, train, bounds, ANE)
             except Unpackable:
                 continue
             except AnertError as error:
@@ -126,4 +131,4 @@ def _kernels(preset: Preset) -> Iterator[tuple[str, str, dict[str, bytes]]]:
             for kernel in (k for b in blocks for k in b.kernels):
                 if kernel.text not in seen:
                     seen.add(kernel.text)
-                    yield f"{layout}/{'train' if train else 'infer'}/{kernel.name}", kernel.text, kernel.blobs
+                    yield f"{bounds.layout}/{'train' if train else 'infer'}/{kernel.name}", kernel.text, kernel.blobs

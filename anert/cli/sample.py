@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,11 @@ def main(argv: Sequence[str]) -> int:
     found = options(parser).parse(argv)
     if found.engine == "mil":  # NumPy, loaded below, multiplies nothing then: threads of its BLAS would only spin
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    return show(plugin_for(found.checkpoint, found.plugin), found)
+    gc.disable()  # as in commands.sample, which goes on with it: importing is most of a start
+    try:
+        return show(plugin_for(found.checkpoint, found.plugin), found)
+    finally:
+        gc.enable()
 
 
 def plugin_for(checkpoint: Path, named: str) -> Plugin:

@@ -1,4 +1,4 @@
-"""`anert tokenizer train FILES --vocab N`, `anert tokenizer show FILE`, `anert tokenizer bench TEXT`."""
+"""`anert tokenizer train FILES --vocab N`, `anert tokenizer show FILE`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ Train a tokenizer on texts, or show what a tokenizer file is.
   anert tokenizer train stories.txt --vocab 4096                      byte-level BPE -> tokenizer.json
   anert tokenizer train stories.txt --vocab 4096 -o tokenizer.model   Llama's (SentencePiece BPE); .bin for llama2.c
   anert tokenizer show tokenizer.model
-  anert tokenizer bench english.txt                                   beside tiktoken, tokenizers, sentencepiece
+
+How fast they are: anert bench tokenizer --text english.txt
 """
 KINDS = {".json": "byte", ".model": "llama", ".bin": "llama"}
 
 
 def main(argv: Sequence[str]) -> int:
-    actions = {"train": _train, "show": _show, "bench": _bench}
+    actions = {"train": _train, "show": _show}
     if argv and argv[0] in actions:
         return actions[argv[0]](argv[1:])
-    parser = Parser(prog="anert tokenizer", description=ABOUT, usage="anert tokenizer train|show|bench ...")
+    parser = Parser(prog="anert tokenizer", description=ABOUT, usage="anert tokenizer train|show ...")
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         return 0 if argv else 2
-    raise InputError(f"anert tokenizer {argv[0]}: expected train, show or bench")
+    raise InputError(f"anert tokenizer {argv[0]}: expected train or show (bench: anert bench tokenizer)")
 
 
 def _train(argv: Sequence[str]) -> int:
@@ -144,31 +145,4 @@ def _show(argv: Sequence[str]) -> int:
     else:
         for name, value in about.items():
             print(f"{name:<11}{value}")
-    return 0
-
-
-def _bench(argv: Sequence[str]) -> int:
-    from anert.bench.tokenizer import benchmark
-    from anert.tokenizer import load_tokenizer
-
-    parser = Parser(prog="anert tokenizer bench", description="MB/s beside tiktoken, tokenizers and sentencepiece.")
-    add = parser.add_argument
-    add("text", metavar="TEXT", type=Path, help="an English text of some megabytes")
-    add("--tokenizer", action="append", default=[], metavar="FILE", help="[one of each kind, learnt from TEXT]")
-    add("--rounds", default=7, type=reader(int, 1), metavar="N", help="timings of each [%(default)s]")
-    add("--json", action="store_true", help="one JSON object as the last line of stdout")
-    found = parser.parse(argv)
-    meter, run = Meter(), benchmark(found.text, [load_tokenizer(t) for t in found.tokenizer], found.rounds)
-    try:
-        while True:
-            meter.show(next(run))
-    except StopIteration as end:
-        results: list[dict[str, Any]] = end.value
-    meter.clear()
-    if found.json:
-        print(json.dumps({"bench": "tokenizer", "results": results}))
-        return 0
-    for r in results:
-        ratio = f"  {r['ratio']:.2f}x" if r["ratio"] else ""
-        print(f"{r['name']:<42}{r['median']:7.2f} MB/s  ({r['p10']:.2f} to {r['p90']:.2f}, n={r['n']}){ratio}")
     return 0

@@ -66,18 +66,20 @@ def prepare(
     val: float | str | Path = 0.05,
     vocab_size: int = 0,
     progress: Progress | None = None,
+    dtype: str = "auto",
 ) -> TokenDataset:
     """A TokenDataset of text or tokens, whichever the content is. Text is tokenized once, into cache_dir.
 
     val: a fraction of the tail (also as text, "0.05"), or a file of either kind. vocab_size: the model's, where it is
-    not the tokenizer's. progress(done, total). Raises InputError, as `tokenize_file` and TokenDataset.
+    not the tokenizer's. progress(done, total). dtype: of raw ids without a header. Raises InputError, as
+    `tokenize_file` and TokenDataset.
     """
     vocab_size = vocab_size or (tokenizer.vocab_size if tokenizer else 0)
     held_out = _fraction(val)
     tokens = _tokens_of(data_path, tokenizer, cache_dir, progress)
     rest = held_out if held_out is not None else _tokens_of(val, tokenizer, cache_dir, progress)
     digest = tokenizer.hash if tokenizer else ""
-    return TokenDataset(tokens, seq_len, rest, vocab_size, digest, str(data_path), progress)
+    return TokenDataset(tokens, seq_len, rest, vocab_size, digest, str(data_path), progress, dtype)
 
 
 def _fraction(val: float | str | Path) -> float | None:

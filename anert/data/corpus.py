@@ -338,7 +338,10 @@ def to_shards(
         plan.append((task, identity(task, tokenizer)))
     check_directory(out, [of for _, of in plan], force)
     mine = plan[i::n]
-    todo = [(task, of) for task, of in mine if not is_finished(task, of)]
+    todo = []
+    for task, of in mine:
+        if not (yield from is_finished(task, of)):
+            todo.append((task, of))
     if skipped := len(mine) - len(todo):
         yield Notice("info", f"{skipped} of {len(mine)} shards are finished already")
     yield from make_shards(todo, executor, sum(task.size for task, _ in mine))
@@ -393,9 +396,16 @@ def identity(task: Task, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"source": source, "options": asdict(task.options), "tokenizer_hash": tokenizer.hash}
 
 
-def is_finished(task: Task, of: dict[str, Any]) -> bool:
+def is_finished(task: Task, of: dict[str, Any]) -> Generator[Event, None, bool]:
+    """Whether a shard is there as its note says, to the last bit; a Notice where only the note is."""
     note = shards.read_note(task.out)
-    return note is not None and note.get("of") == of and task.source.path != STDIN
+    if note is None or note.get("of") != of or task.source.path == STDIN:
+        return False
+    for entry in note["files"]:
+        if wrong := shards.difference(task.out.parent, entry):
+            yield Notice("warning", f"{task.out.parent / entry['name']}: {wrong}: it is made again")
+            return False
+    return True
 
 
 def check_directory(out: Path, plan: Sequence[dict[str, Any]], force: bool) -> None:

@@ -35,15 +35,18 @@ class TokenDataset:
         tokenizer_hash: str = "",
         name: str = "",
         progress: Progress | None = None,
+        dtype: str = "auto",
     ) -> None:
-        """vocab_size 0: unchecked. name: what messages call the data (default: path). progress(ids checked, ids)."""
+        """vocab_size 0: unchecked. name: what messages call the data (default: path). progress(ids checked, ids).
+        dtype: of raw ids, as `token_file.open_tokens` takes it."""
         self.path, self.seq_len, self.name, self.held_out = Path(path), seq_len, name or str(path), val
         if seq_len < 1:
             raise InputError(f"seq_len {seq_len}: at least 1 is needed")
-        file = open_tokens(path)
+        file = open_tokens(path, dtype)
+        self.dtype = dtype
         self.kind, self.bos_id, self.tokenizer_hash = file.kind, file.bos_id, file.tokenizer_hash
         check_tokenizer(self.name, self.tokenizer_hash, tokenizer_hash)
-        self.note = ""
+        self.note = file.note
         needs = seq_len + 2
         if len(file.tokens) < needs:
             too_short = f"needs {needs:,} tokens for seq_len {seq_len}, has {len(file.tokens):,}"
@@ -55,7 +58,7 @@ class TokenDataset:
                 check_ids(own, vocab_size, self.name, progress)
             self._train, self._val = file.tokens, own
         elif isinstance(val, Path | str):
-            held_out = TokenDataset(val, seq_len, 0.0, vocab_size, tokenizer_hash)
+            held_out = TokenDataset(val, seq_len, 0.0, vocab_size, tokenizer_hash, dtype=dtype)
             self._train, self._val = file.tokens, held_out._train
         else:
             self._train, self._val = self._hold_out(file.tokens, val)

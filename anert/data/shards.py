@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +17,13 @@ import numpy as np
 from anert.data import token_file
 from anert.data.token_file import TokenFile, Tokens
 from anert.errors import InputError
-from anert.files import publish
+from anert.files import publish, sha256
 
 MANIFEST = "manifest.json"
 FORMAT = "anert token shards"
 VERSION = 1
+ENTRY = {"name": str, "part": str, "tokens": int, "dtype": str, "raw": bool, "bytes": int, "sha256": str}
+"""What notes and the manifest say of each file."""
 
 
 class Joined:
@@ -77,7 +79,7 @@ def read_note(shard: Path) -> dict[str, Any] | None:
     """The note beside a finished shard, or None where it is not finished (or its files are not as the note says)."""
     try:
         note = json.loads(note_path(shard).read_text("utf-8"))
-        whole = all((shard.parent / f["name"]).stat().st_size == f["bytes"] for f in note["files"])
+        whole = all((shard.parent / f["name"]).stat().st_size == f["bytes"] and f["sha256"] for f in note["files"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return note if whole else None
@@ -101,16 +103,15 @@ def sniff(path: Path | str) -> str:
     return "shards" if is_shards(Path(path)) else token_file.sniff(path)
 
 
-def open_tokens(path: Path | str) -> TokenFile:
-    """Map a token file or a directory of shards. Raises InputError as `token_file.open_tokens` and `open_shards`."""
-    return open_shards(path) if is_shards(Path(path)) else token_file.open_tokens(path)
+def open_tokens(path: Path | str, dtype: str = "auto") -> TokenFile:
+    """Map a token file or a directory of shards. dtype: of a file of raw ids. Raises InputError as
+    `token_file.open_tokens` and `open_shards`."""
+    return open_shards(path) if is_shards(Path(path)) else token_file.open_tokens(path, dtype)
 
 
-def open_shards(path: Path | str, part: str = "train") -> TokenFile:
-    """Map the shards of a directory (or its manifest). part: `train` or `val`, whose tokens may be none.
-
-    Raises InputError: not finished, damaged, or with a shard missing or changed.
-    """
+def read_manifest(path: Path | str) -> tuple[Path, dict[str, Any]]:
+    """(manifest.json of a directory of shards, or that file itself; its content). Raises InputError: not finished,
+    damaged, or of a newer anert."""
     path = Path(path)
     manifest = path / MANIFEST if path.is_dir() else path
     directory = manifest.parent
@@ -125,25 +126,71 @@ def open_shards(path: Path | str, part: str = "train") -> TokenFile:
         content = json.loads(manifest.read_text("utf-8"))
         if content["format"] != FORMAT or content["version"] != VERSION:
             raise InputError(f"{manifest}: version {content['version']}, this anert reads {VERSION}: update anert")
-        files = [f for f in content["files"] if f["part"] == part]
-        tokens = cast(Tokens, Joined([_tokens(directory, f, np.dtype(f["dtype"])) for f in files]))
-        about = int(content["vocab_size"]), int(content["bos_id"]), int(content["eos_id"])
-        return TokenFile(directory, "shards", tokens, *about, str(content["tokenizer_hash"]))
+        whole = all(type(content[key]) is int for key in ("vocab_size", "bos_id", "eos_id", "documents"))
+        whole &= type(content["tokenizer_hash"]) is str
+        for f in content["files"]:
+            whole &= all(type(f[key]) is kind for key, kind in ENTRY.items())
+            whole &= f["dtype"] in ("uint16", "uint32") and Path(f["name"]).name == f["name"]
+        if not whole:
+            raise ValueError("an entry is not as anert writes it")
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f"{manifest}: damaged ({type(e).__name__}: {e}): tokenize again") from None
+    return manifest, content
 
 
-def _tokens(directory: Path, entry: Mapping[str, Any], dtype: np.dtype[Any]) -> Tokens:
+def open_shards(path: Path | str, part: str = "train") -> TokenFile:
+    """Map the shards of a directory (or its manifest). part: `train` or `val`, whose tokens may be none.
+
+    Sizes and headers are checked; `damaged` reads all of the files. Raises InputError: not finished, damaged, or with a
+    shard missing or changed.
+    """
+    manifest, content = read_manifest(path)
+    digest = content["tokenizer_hash"]
+    files = [f for f in content["files"] if f["part"] == part]
+    tokens = cast(Tokens, Joined([_tokens(manifest.parent, f, digest) for f in files]))
+    about = content["vocab_size"], content["bos_id"], content["eos_id"]
+    return TokenFile(manifest.parent, "shards", tokens, *about, digest)
+
+
+def damaged(path: Path | str) -> Iterator[tuple[str, str, int]]:
+    """Read every byte of every shard: (name, what is wrong or "", bytes) in the manifest's order. Raises InputError
+    where the manifest itself cannot be read."""
+    manifest, content = read_manifest(path)
+    for entry in content["files"]:
+        yield entry["name"], difference(manifest.parent, entry), entry["bytes"]
+
+
+def difference(directory: Path, entry: Mapping[str, Any]) -> str:
+    """What distinguishes a file from its entry in a note or manifest; "" if nothing does."""
     path = directory / entry["name"]
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"{size:,} bytes, {entry['bytes']:,} expected"
+        return "" if sha256(path) == entry["sha256"] else "its sha256 is not the one that was written down"
+    except FileNotFoundError:
+        return "missing"
+    except OSError as e:
+        return f"cannot be read: {e.strerror}"
+
+
+def _tokens(directory: Path, entry: Mapping[str, Any], digest: str) -> Tokens:
+    """The ids of one file. Raises InputError where size or header is not as the manifest says."""
+    path, dtype = directory / entry["name"], np.dtype(entry["dtype"]).newbyteorder("<")
     size = path.stat().st_size if path.is_file() else -1
+    again = f"delete {note_name(path)} and tokenize again"
     if size != entry["bytes"]:
         state = "missing" if size < 0 else f"{size:,} bytes, {entry['bytes']:,} expected"
-        raise InputError(f"{path}: {state}: delete {note_name(path)} and tokenize again")
-    if not entry["tokens"]:
-        return np.zeros(0, dtype)
+        raise InputError(f"{path}: {state}: {again}")
     if entry["raw"]:
-        return np.memmap(path, dtype, "r")
-    return token_file.open_tokens(path).tokens
+        if size != entry["tokens"] * dtype.itemsize:
+            raise InputError(f"{path}: {size:,} bytes are not {entry['tokens']:,} ids of {dtype.name}: {again}")
+        return np.memmap(path, dtype, "r") if size else np.zeros(0, dtype)
+    file = token_file.open_tokens(path)
+    found = file.kind, len(file.tokens), file.tokens.dtype, file.tokenizer_hash
+    if found != ("anert", entry["tokens"], dtype, digest):
+        raise InputError(f"{path}: its header is not what {MANIFEST} says: {again}")
+    return file.tokens
 
 
 def note_name(path: Path) -> str:

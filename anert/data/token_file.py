@@ -64,6 +64,8 @@ class TokenFile:
     tokenizer_hash: str = ""
     documents: NDArray[np.uint64] | None = None
     """Index of each document's first token."""
+    note: str = ""
+    """What was guessed."""
 
 
 def sniff(path: Path | str) -> str:
@@ -109,9 +111,13 @@ def _text_or_raw(start: bytes, name: str) -> str:
     return "text"
 
 
-def open_tokens(path: Path | str) -> TokenFile:
-    """Map a token file. Raises InputError: not a token file, or a size that its header does not say."""
-    path = Path(path)
+def open_tokens(path: Path | str, dtype: str = "auto") -> TokenFile:
+    """Map a token file. dtype: of raw ids, which no header tells: `uint16`, `uint32`, or `auto`: uint32 where the
+    numbers show it.
+
+    Raises InputError: not a token file, a size that its header does not say, or raw ids that could be of either dtype.
+    """
+    path, width = Path(path), dtype_of(dtype, 0).itemsize if dtype != "auto" else 0
     kind = sniff(path)
     if kind == "text":
         raise InputError(f"{path}: text, not tokens: tokenize it first")
@@ -123,13 +129,25 @@ def open_tokens(path: Path | str) -> TokenFile:
     if size % 2:
         raise InputError(f"{path}: {size:,} bytes are no uint16 ids, and there is no header: not a token file")
     tokens = np.memmap(path, "<u2", "r")
-    return TokenFile(path, "raw", tokens.view("<u4") if _is_wide(tokens) else tokens)
+    wide = width == 4 if width else _is_wide(tokens, path)
+    if wide and len(tokens) % 2:
+        raise InputError(f"{path}: {size:,} bytes are no uint32 ids: not a token file, or of uint16")
+    note = f"{path}: no header, read as uint32 since every second half is small: --data-dtype uint16 says otherwise"
+    return TokenFile(path, "raw", tokens.view("<u4") if wide else tokens, note=note if wide and not width else "")
 
 
-def _is_wide(tokens: Tokens) -> bool:
-    """Whether uint16 numbers are halves of uint32 ids: every second one is then small, which no text's ids are."""
+def _is_wide(tokens: Tokens, path: Path) -> bool:
+    """Whether uint16 numbers are halves of uint32 ids: every second one is then small, which no text's ids are.
+    Raises InputError where so few numbers may be either."""
     low, high = tokens[0:SAMPLE:2], tokens[1:SAMPLE:2]
-    return len(tokens) >= 128 and not len(tokens) % 2 and int(high.max()) < 16 and int(low.max()) > 255
+    if len(tokens) % 2 or int(high.max()) >= 16 or not low.any():
+        return False
+    if high.any() and int(low.max()) < 256:  # as halves: ids over 65,535 alone
+        return False
+    if len(high) < 64:
+        what = f"{len(tokens)} raw uint16 ids or {len(high)} uint32 ones, and no header says which"
+        raise InputError(f"{path}: {what}: give --data-dtype uint16 or uint32")
+    return True
 
 
 def _open_ours(path: Path, size: int) -> TokenFile:

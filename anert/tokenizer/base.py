@@ -6,7 +6,7 @@ import abc
 import codecs
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain, repeat
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,15 +25,16 @@ BATCH_CHARS = 1 << 18
 """Characters that one task of `encode_batch` gets at least."""
 
 
-class WordCache(dict[str, list[int]]):
-    """Word -> ids. Bounded: emptied when full; words over CACHE_CHARS are not kept."""
+class WordCache(dict[str, tuple[int, ...]]):
+    """Word -> ids, as tuples, which the garbage collector does not walk. Bounded: emptied when full; words over
+    CACHE_CHARS are not kept."""
 
-    def __init__(self, encode_word: Callable[[str], list[int]]) -> None:
+    def __init__(self, encode_word: Callable[[str], Sequence[int]]) -> None:
         super().__init__()
         self.encode_word = encode_word
 
-    def __missing__(self, word: str) -> list[int]:
-        ids = self.encode_word(word)
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids = tuple(self.encode_word(word))
         if len(word) <= CACHE_CHARS:
             if len(self) >= CACHE_WORDS:
                 self.clear()
@@ -77,7 +78,10 @@ class StreamDecoder:
         self._pending = b""
 
     def push(self, token: int) -> str:
-        text, self._pending = utf8_prefix(self._pending + self.token_bytes(token), False, self._per_byte)
+        data = self.token_bytes(token)
+        if not data and self._per_byte:  # a control token ends a run of bytes
+            return self.flush()
+        text, self._pending = utf8_prefix(self._pending + data, False, self._per_byte)
         return text
 
     def flush(self) -> str:
@@ -168,7 +172,9 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; invalid UTF-8 comes as U+FFFD. Raises InputError for an id past the vocabulary."""
         stream = self.decode_stream()
-        return utf8_prefix(b"".join(map(stream.token_bytes, ids)), True, self._per_byte)[0]
+        parts = map(stream.token_bytes, ids)
+        runs = (run for some, run in groupby(parts, bool) if some) if self._per_byte else (parts,)
+        return "".join(utf8_prefix(b"".join(run), True, self._per_byte)[0] for run in runs)
 
     def decode_stream(self) -> StreamDecoder:
         """A decoder that takes one id at a time. Push the prompt first to continue it."""

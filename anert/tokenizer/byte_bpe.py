@@ -15,6 +15,9 @@ from anert.tokenizer.base import END_OF_TEXT, Tokenizer, WordCache, replace_surr
 from anert.tokenizer.merge import SHORT, Merges
 from anert.tokenizer.split import PATTERNS, splitter
 
+PLAIN_WORDS = 1024
+"""Words that are merged before it is worth finding out, in 0.05 s for GPT-2, which words need no merging."""
+
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
@@ -53,12 +56,14 @@ class ByteBPETokenizer(Tokenizer):
         if missing := [b for b in self._absent if 32 <= b < 127]:
             raise InputError(f"vocabulary has no token for byte 0x{missing[0]:02X}: not a byte-level BPE")
         self._byte_id = [self._ids.get(bytes([b]), -1) for b in range(256)].__getitem__
-        self._whole_words, self._rare = v.whole_words, bool(v.whole_words or self._absent)
         self._bytes = list(v.tokens)
         for text, i in self.specials.items():
             self._bytes[i] = text.encode()
         self._merges = merge_table(v, self._ids)
         self._short = self._merges.short
+        self._alone = self._ids if v.whole_words else dict[bytes, int]()
+        """Words that are one token, because whole_words says so or merging them is proven to give it."""
+        self._plain_words = 0 if v.whole_words else PLAIN_WORDS
         self._splits = [splitter(s) for s in v.splits]
         self._special_pattern = any_special(self.specials)
         self._cache = WordCache(self._encode_word)
@@ -150,17 +155,27 @@ class ByteBPETokenizer(Tokenizer):
             parts = split(parts[0]) if len(parts) == 1 else list(chain.from_iterable(map(split, parts)))
         return list(chain.from_iterable(map(self._cache.__getitem__, parts)))
 
-    def _encode_word(self, word: str) -> list[int]:
+    def _encode_word(self, word: str) -> Sequence[int]:
         try:
             data = word.encode()
         except UnicodeEncodeError:
             data = replace_surrogates(word).encode()
-        if self._rare:
+        if self._absent:
             data = data.translate(None, self._absent)
-            if self._whole_words and (whole := self._ids.get(data)) is not None:
-                return [whole]
+        if (whole := self._alone.get(data)) is not None:
+            return (whole,)
+        if self._plain_words:
+            self._plain_words -= 1
+            if not self._plain_words:
+                self._alone = self._merged_alone()
         symbols = list(map(self._byte_id, data))
         return self._short(symbols) if len(symbols) <= SHORT else self._merges.long(symbols)
+
+    def _merged_alone(self) -> dict[bytes, int]:
+        """Tokens that merging makes of their own bytes, as far as that is proven: of GPT-2's all."""
+        atoms = (i for i in map(self._byte_id, range(256)) if i >= 0)
+        reached = self._merges.reached(atoms, self.vocab_size)
+        return {t: i for t, i in self._ids.items() if reached[i]}
 
     def _cut(self, text: str) -> int:
         if self._splits and self.vocabulary.splits[-1] in PATTERNS.values():

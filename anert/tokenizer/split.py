@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -40,21 +41,23 @@ begin at the same place have changed order: the frequent ones first."""
 
 
 @functools.cache
-def character_class(category: str) -> str:
-    """Ranges of `re` for a class of `regex`."""
+def character_classes() -> dict[str, str]:
+    """Ranges of `re` for the classes of `regex` that FAST names."""
     import regex
 
-    everything = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
-    runs = regex.findall(f"{category}+", everything)
-    return "".join(f"\\U{ord(run[0]):08x}-\\U{ord(run[-1]):08x}" for run in runs)
+    everything = array("I", (*range(0xD800), *range(0xE000, 0x110000))).tobytes().decode("utf-32")
+    ranges = {}
+    for name, category in (("L", r"\p{L}+"), ("N", r"\p{N}+"), ("S", r"\s+")):
+        runs = regex.findall(category, everything)
+        ranges[name] = "".join(f"\\U{ord(run[0]):08x}-\\U{ord(run[-1]):08x}" for run in runs)
+    return ranges
 
 
 @functools.cache
 def findall(pattern: str) -> Callable[[str], list[str]]:
     """The function that splits a text by one of PATTERNS' values."""
     name = next(n for n, p in PATTERNS.items() if p == pattern)
-    classes = {"L": character_class(r"\p{L}"), "N": character_class(r"\p{N}"), "S": character_class(r"\s")}
-    return re.compile(FAST[name].format(E=ASCII_ENDS, O=OTHER, **classes)).findall
+    return re.compile(FAST[name].format(E=ASCII_ENDS, O=OTHER, **character_classes())).findall
 
 
 def split_around(pattern: regex.Pattern[str], text: str) -> list[str]:
