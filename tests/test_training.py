@@ -84,12 +84,13 @@ def trained_by_pytorch(trainer: Trainer, start: dict[str, np.ndarray], log: Any 
 def compare(folder: Path, shared: Path, steps: int, log: Any = None) -> dict[str, float]:
     """Validation loss after `steps`: of PyTorch, and of every precision here."""
     found: dict[str, float] = {}
-    for precision in ("fp32", "bf16"):
+    for precision in ("fp32", "bf16", "fp16"):
         trainer, start, summary = trained_here(folder, shared, precision, steps)
         found[precision] = summary["val_loss"]
         if log:
             log(f"{precision}: {summary}")
         assert summary["steps"] == steps and summary["compiles"] == summary["kernels"]
+        assert summary["skipped_steps"] <= 3 + steps // 100, "the loss scale finds its place within a few steps"
     found["pytorch"] = trained_by_pytorch(trainer, start, log)
     found["unigram"] = trainer.data.dataset.unigram_entropy()
     return found
@@ -102,6 +103,7 @@ def test_it_trains_as_well_as_pytorch(tmp_path: Path, shared_data: Path) -> None
     assert found["pytorch"] < found["unigram"] - 1.0, "a run that learns nothing proves nothing"
     assert found["fp32"] == pytest.approx(found["pytorch"], rel=0.02)
     assert found["bf16"] == pytest.approx(found["pytorch"], rel=0.03)
+    assert found["fp16"] == pytest.approx(found["pytorch"], rel=0.03)
 
 
 @pytest.mark.slow
