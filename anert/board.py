@@ -303,6 +303,8 @@ def _numbers(s: State, width: int) -> list[Line]:
         return [[("-", "dim")]] + [[]] * 8
     rate = s.ms["flops"] / s.ms["step"] * 1e3 if s.ms.get("step") else 0.0
     peak = r.peak_gflops * 1e9
+    if rate > peak:  # measured while others worked: no peak
+        peak = 0.0
     amount, unit = flops(rate).split(" ")
     resident, prefix = si(step.rss_bytes, "B").split(" ")
     room = max(width - 32, 0)
