@@ -418,13 +418,16 @@ def test_drawing_takes_under_a_hundredth_of_a_core() -> None:
         view.show(event)
     time.sleep(1.0)
     view.overhead_ms()
-    start = time.monotonic()
-    for n in range(401, 501):
+    start, spent, frames, n = time.monotonic(), 0.0, 0, 400
+    while frames < 2 and time.monotonic() - start < 60:  # a slow frame is followed by a long pause
+        n += 1
         view.show(fake_run.step(n))
         time.sleep(0.03)
-    spent = view.overhead_ms() / 1e3 / (time.monotonic() - start)
+        cost = view.overhead_ms()
+        spent, frames = spent + cost / 1e3, frames + (cost > 0)
+    share = spent / (time.monotonic() - start)
     view.close()
-    assert 0 < spent < 0.01
+    assert frames == 2 and share < 0.01
 
 
 def test_the_last_frame_can_be_exported() -> None:
