@@ -40,6 +40,8 @@ STYLES = {
 INTERVAL_S = 0.25
 SHARE = 0.0025
 """Of one core, that drawing may take: a slow terminal or a big frame is drawn less often."""
+LONGEST_S = 4.0
+"""Between frames, whatever they cost: a view that stands still looks dead."""
 REPAINT_S = 5.0
 """Whatever else wrote over the screen is painted over after this long."""
 
@@ -143,7 +145,7 @@ class Dashboard:
                 return
             cost = time.thread_time() - start
             self._cpu_s += cost
-            pause = max(INTERVAL_S, cost / SHARE)
+            pause = min(max(INTERVAL_S, cost / SHARE), LONGEST_S)
 
     def _draw(self) -> None:
         """Write the lines that differ from what the terminal shows, in one synchronized update."""
