@@ -154,3 +154,21 @@ def test_without_a_c_compiler_the_build_says_what_to_install(checkout: Path, tmp
     assert result.returncode != 0
     assert "needs a C compiler" in result.stderr and "apt install gcc" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+ANSWERS = {
+    "clean": ('{"dependencies": [{"name": "numpy", "version": "2", "vulns": []}]}', 0, "no known advisory"),
+    "known": ('{"dependencies": [{"name": "numpy", "vulns": [{"id": "PYSEC-1"}, {"id": "PYSEC-2"}]}]}', 1,
+              "PYSEC-1, PYSEC-2"),
+    "unknown": ('{"dependencies": [{"name": "numpy", "skip_reason": "not found"}]}', 0, "not found"),
+    "silent": ("", 0, "no answer about"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_an_advisory_fails_and_silence_claims_nothing(tmp_path: Path, answer: str) -> None:
+    text, code, said = ANSWERS[answer]
+    (tmp_path / "pip_audit.py").write_text(f"print({text!r})")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, str(ROOT / ".ci" / "audit")], env=env, capture_output=True, text=True)
+    assert (done.returncode, said in done.stdout) == (code, True), done.stdout + done.stderr
