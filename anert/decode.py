@@ -54,7 +54,7 @@ class _Width:
     tokens: np.ndarray
     flops: int = 0
     """Executed by the blocks in one run."""
-    touched: list[Any] = field(default_factory=list)
+    touched: list[Surface] = field(default_factory=list)
     """Handles of what the host writes around a run; the session's own surfaces, so that they live."""
     filled: list[Surface] = field(default_factory=list)
     """What the host writes before a run; it reads `made` and writes `kept` behind one. Those alone that want locks."""
@@ -185,7 +185,7 @@ class Session:
             item.cols, item.src_stride, item.dst_stride = self.capacity, source.slot.row_stride, cache.slot.row_stride
         rotations = [where for n, where in common.items() if n.startswith(("cos", "sin"))]
         rotation = [(where.array(), self._table(n)) for n, where in common.items() if where in rotations]
-        touched = [where.surface.handle for where in (*common.values(), *(cache for _, cache in new))]
+        touched = [where.surface for where in (*common.values(), *(cache for _, cache in new))]
         filled = shared(where.surface for where in (x[0], *rotations))
         made, kept = (shared(pair[side].surface for pair in new) for side in range(2))
         flops = self.layers * sum(self._compile(k, b).stats.flops_executed for b in blocks for k in b.forward)
@@ -297,9 +297,8 @@ class Session:
         with locked(width.kept, width.made):
             call(ffi.lib.anert_columns_put, width.new, width.n_new, at, n)
             self._mask[:, at : at + n] = 0.0
-        touch = ffi.lib.anert_surface_touch
-        for handle in width.touched:
-            touch(handle)
+        for surface in width.touched:
+            surface.touch()
         self.position = at + n
 
 
