@@ -123,7 +123,7 @@ def clobber() -> None:
     """Takes memory that was just freed, writes over it, and gives it back."""
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p
-    blocks = [(libc.malloc(size), size) for size in range(24, 1024, 16) for _ in range(8)]
+    blocks = [(libc.malloc(size), size) for size in range(24, 1024, 16) for _ in range(64)]
     for block, size in blocks:
         ctypes.memset(block, 0xA5, size)
         libc.free(ctypes.c_void_p(block))

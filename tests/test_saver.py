@@ -60,7 +60,7 @@ def test_training_waits_for_a_save_that_has_no_memory_for_a_snapshot(runtime, tm
     saves.save(1, {})
     saves.settle()
     assert (tmp_path / "step-00000001").exists(), "it was written from the live weights: nobody may have changed them"
-    store.master += 1
+    store.master[...] += 1
     done = saves.finished(wait=True)
     assert done.stall_ms > 0
     assert np.array_equal(checkpoint.load(tmp_path).model["w0"], store.named([wanted])[0]["w0"])
