@@ -54,7 +54,7 @@ class _Width:
     flops: int = 0
     """Executed by the blocks in one run."""
     touched: list[Surface] = field(default_factory=list)
-    """Handles of what the host writes around a run; the session's own surfaces, so that they live."""
+    """What the host writes around a run."""
     filled: list[Surface] = field(default_factory=list)
     """What the host writes before a run; it reads `made` and writes `kept` behind one. Those alone that want locks."""
     made: list[Surface] = field(default_factory=list)

@@ -169,7 +169,7 @@ class Plain(Off):
         of = f"{event.step:>{len(str(steps))}}/{steps}" if steps else f"{event.step}"
         rate = event.flops / event.step_ms * 1e3 if event.step_ms else 0.0
         peak = self._start.peak_gflops * 1e9 if self._start else 0.0
-        share = f"  {rate / peak:4.0%} of peak" if rate <= peak else ""  # above: measured while others worked, no peak
+        share = f"  {rate / peak:4.0%} of peak" if 0 < rate <= peak else ""  # above: a peak measured beside other work
         skipped = "  skipped: not usable" if event.skipped else ""
         ranks = f"  ranks {rank_text(event)}" if event.rank_ms else ""
         return [

@@ -7,6 +7,7 @@
 #define VEC_AVX512BF16
 enum { MR = 32, NV = 2, PAIR_STEP = 16, ROW_BYTES = 64, TILE_ROWS = 16 };
 #include "gemm_kernel.h"
+#include "gemm_stored.h"
 #include "gemm_pairs.h"
 
 #define AMX_FN static __attribute__((target("amx-tile,amx-bf16"))) VEC_TARGET
@@ -99,32 +100,6 @@ AMX_FN void begin(void) { _tile_loadconfig(&CONFIG); }
 AMX_FN void end(void) {
     _tile_release();
     vf_fence();
-}
-
-VEC_INLINE void store_rows(const float *tile, const gemm_out *out, int32_t dtype, bool grad) {
-    const gemm_out to = *out;
-    vf squares = vf_zero();
-    for (int64_t i = 0; i < MR; i++) {
-        vf sum[NV];
-        for (int j = 0; j < NV; j++)
-            sum[j] = vf_load(tile + i * NR + j * VL);
-        squares = store_row(sum, &to, i, dtype, grad, squares);
-    }
-    if (grad)
-        *to.squares = vf_sum(squares);
-}
-
-VEC_FN void store_tile(const float *tile, const gemm_out *out) {
-    if (is_edge(out))
-        store_edge(tile, out);
-    else if (out->squares != NULL)
-        store_rows(tile, out, ANERT_F32, true);
-    else if (out->dtype == ANERT_F32)
-        store_rows(tile, out, ANERT_F32, false);
-    else if (out->dtype == ANERT_F16)
-        store_rows(tile, out, ANERT_F16, false);
-    else
-        store_rows(tile, out, ANERT_BF16, false);
 }
 
 AMX_FN void tile_amx(int64_t words, const float *a, const float *b, const gemm_out *out) {

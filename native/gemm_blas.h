@@ -10,29 +10,7 @@
 #include "vec.h"
 enum { MR = 64, NV = 256 / VL, KC = 1024 };
 #include "gemm_kernel.h"
-
-VEC_INLINE void store_rows(const float *tile, const gemm_out *out, int32_t dtype, bool grad) {
-    const gemm_out to = *out;
-    vf squares = vf_zero();
-    for (int64_t i = 0; i < MR; i++)
-        for (int j = 0; j < NV; j++)
-            squares = store_vector(vf_load(tile + i * NR + j * VL), &to, i, j, dtype, grad, squares);
-    if (grad)
-        *to.squares = vf_sum(squares);
-}
-
-VEC_FN void store_tile(const float *tile, const gemm_out *out) {
-    if (is_edge(out))
-        store_edge(tile, out);
-    else if (out->squares != NULL)
-        store_rows(tile, out, ANERT_F32, true);
-    else if (out->dtype == ANERT_F32)
-        store_rows(tile, out, ANERT_F32, false);
-    else if (out->dtype == ANERT_F16)
-        store_rows(tile, out, ANERT_F16, false);
-    else
-        store_rows(tile, out, ANERT_BF16, false);
-}
+#include "gemm_stored.h"
 
 VEC_FN void tile_blas(int64_t words, const float *a, const float *b, const gemm_out *out) {
     float *product = out->product;

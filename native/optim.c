@@ -7,7 +7,8 @@
 
 #include "internal.h"
 
-enum { LANES = 16, STRIP = 64, AHEAD = 512, STREAMED = 1 << 20, CHUNK = 1 << 14, WIDE = 1 << 17, BLOCK = 64, ROW_PART = 1024, SERIAL = 1 << 15, SLOT = 4, PAD = 32, SCRATCH = WIDE + BLOCK * PAD };
+enum { LANES = 16, STRIP = 64, AHEAD = 512, STREAMED = 1 << 20, CHUNK = 1 << 14, WIDE = 1 << 17, BLOCK = 64 };
+enum { ROW_PART = 1024, SERIAL = 1 << 15, SLOT = 4, PAD = 32, SCRATCH = WIDE + BLOCK * PAD };
 
 /* ---- Loops ---- */
 typedef struct {
@@ -163,7 +164,7 @@ typedef struct {
     int64_t pitch; /* of a tile's rows of halves: does not alias */
     const anert_placement *placements;
     int32_t n_placements;
-    uint16_t *wide; /* (threads, WIDE), or NULL: tiles hold a CHUNK */
+    uint16_t *wide; /* (threads, SCRATCH), or NULL: tiles hold a CHUNK */
     void (*copy)(const uint16_t *src, uint16_t *dst, size_t n);
     bool large; /* copies go past the caches */
     bool alone; /* the one placement is straight: halves go there without a copy */

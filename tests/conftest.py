@@ -7,7 +7,7 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("ANERT_CACHE", "off")  # tests compile what they test
-pytest.register_assert_rewrite("fake_ane")
+pytest.register_assert_rewrite("fake_ane", "token_runs")
 from fake_ane import fake_ane  # noqa: E402, F401
 
 # Two cores shared with other work: time is no property of a result. CI draws the same examples every time.

@@ -256,6 +256,21 @@ def test_a_loss_that_is_nan_and_an_unknown_peak_are_survived() -> None:
     b = board([fake_run.started(peak_gflops=0.0, steps=0, time_budget_s=0.0), odd, ev.Validated(1, math.nan, 1, False)])
     for size in SIZES:
         assert len(frame(b.snapshot(), *size)) == max(size[1], 3)
+    for step in (odd, fake_run.step(1)):
+        plain = report.Plain(io.StringIO())
+        plain.show(fake_run.started(peak_gflops=0.0))
+        plain.show(step)
+        assert "step" in plain.stream.getvalue() and "of peak" not in plain.stream.getvalue()
+
+
+def test_a_peak_that_a_step_passes_is_none() -> None:
+    """It was measured beside other work."""
+    for peak, shown in ((1000.0, True), (1.0, False)):
+        plain, begun = report.Plain(io.StringIO()), fake_run.started(peak_gflops=peak)
+        plain.show(begun)
+        plain.show(fake_run.step(1))
+        lines = text(frame(board([begun, fake_run.step(1)]).snapshot(), 140, 40))
+        assert ("of peak" in plain.stream.getvalue()) == ("of peak" in lines) == shown
 
 
 # ---- cost ----

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_tokenize import run
+from token_runs import run
 
 from anert import cli, data
 from anert.data import shards
@@ -17,22 +17,7 @@ from anert.errors import InputError
 from anert.events import Notice
 from anert.tokenizer import ByteBPETokenizer
 
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ByteBPETokenizer.train(["once upon a time there was a small fox and a small bear. " * 20], 300)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tokenizer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "t.json"
-    tokenizer.save(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def stories(shared_data):
-    return shared_data / "text" / "tinystories_10k.txt"
+pytest_plugins = ["token_runs"]
 
 
 def test_shards_are_one_file(tokenizer, stories, tmp_path):

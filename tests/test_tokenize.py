@@ -17,42 +17,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from token_runs import run
 
 from anert import cli, data
 from anert.data import corpus, text, token_file
-from anert.data.corpus import Options, tokenize
+from anert.data.corpus import Options
 from anert.errors import InputError
 from anert.events import Notice, Progress
 from anert.tokenizer import ByteBPETokenizer, load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return ByteBPETokenizer.train(["once upon a time there was a small fox and a small bear. " * 20], 300)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_file(tokenizer, tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "t.json"
-    tokenizer.save(path)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def stories(shared_data):
-    return shared_data / "text" / "tinystories_10k.txt"
-
-
-def run(*args, **kwargs):
-    """(report, events)"""
-    events, job = [], tokenize(*args, **kwargs)
-    while True:
-        try:
-            events.append(next(job))
-        except StopIteration as end:
-            return end.value, events
+pytest_plugins = ["token_runs"]
 
 
 def expected(docs, tokenizer, bos=True, eos=False):
