@@ -157,7 +157,9 @@ class Session:
             if name in self.store:
                 p = self.store[name]
                 slot = Slot(name, p.rows, p.cols, 0, p.cols, 1)
-                self.store.copy_of(name, slot, p.spec.size * 2, lambda nbytes: Surface(self.runtime.heap, nbytes))
+                self.store.copy_of(
+                    name, slot, p.spec.size * 2, lambda n: Surface(self.runtime.heap, n), any_memory=True
+                )
 
     def _bind_width(self, size: int, blocks: list[BlockKernels]) -> _Width:
         rt, store = self.runtime, self.store
@@ -203,7 +205,10 @@ class Session:
                 surfaces[slot.port] = self.store.encoded_copy(f"layers.{layer}.{name}", self._surface)
                 continue
             if name in block.params:
-                surfaces[slot.port] = self.store.copy_of(f"layers.{layer}.{name}", slot, size, self._surface)
+                any_memory = self.runtime.backend.any_memory
+                surfaces[slot.port] = self.store.copy_of(
+                    f"layers.{layer}.{name}", slot, size, self._surface, any_memory
+                )
                 continue
             if _is_cache(name):
                 if (layer, j, name) not in self._caches:

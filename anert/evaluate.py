@@ -59,8 +59,8 @@ def evaluate(
                 f"{data}: id {int(ids.max())} is past the model's vocabulary of {vocab}: another tokenizer's?"
             )
         rt = Runtime(backend, precision, threads=threads)
-        rt.check_memory(2 * sum(s.size for s in model.specs().values()), "the weights")
         store = ParamStore(rt.heap, rt.pool, model.specs(), False, tensors)
+        rt.check_memory(store.copy_bytes, "the weights")
         net = Network(rt, model, store, model.config.seq_len, 1, train=False)
         store.sync()
         n = len(ids) - 1 if not tokens else min(tokens, len(ids) - 1)

@@ -44,7 +44,9 @@ class Head:
 
     @staticmethod
     def _fp16(p: Param) -> Any:
-        """The dense fp16 copy of a parameter: its caller placed one."""
+        """The dense fp16 copy of a parameter: its caller placed one, or it is given so."""
+        if p.given is not None:
+            return ffi.ffi.cast("uint16_t *", p.given.ptr)
         for surface, slot in p.placements:
             if slot.dense:
                 return ffi.ffi.cast("uint16_t *", surface.ptr)

@@ -138,7 +138,7 @@ class Network:
             if name in store:  # the head's alone: no engine reads it
                 p = store[name]
                 slot = Slot(name, p.rows, p.cols, 0, p.cols, 1)
-                store.copy_of(name, slot, p.spec.size * 2, lambda nbytes: Surface(heap, nbytes))
+                store.copy_of(name, slot, p.spec.size * 2, lambda nbytes: Surface(heap, nbytes), any_memory=True)
         embedding = store["tok_embeddings"]
         self.head = Head(
             heap, self.runtime.pool, embedding, store.get("output", embedding), store.get("norm"),
@@ -248,7 +248,8 @@ class Network:
             size = kernel.sizes[port]
             name, slot = entries[0]
             if len(entries) == 1 and name in block.params:
-                surfaces[port] = self.store.copy_of(block.stored(layer, name), slot, size, self._surface)
+                stored, any_memory = block.stored(layer, name), self.runtime.backend.any_memory
+                surfaces[port] = self.store.copy_of(stored, slot, size, self._surface, any_memory)
                 continue
             if len(entries) == 1 and env[name].lies_at(slot) and env[name].surface.nbytes >= size:
                 surfaces[port] = env[name].surface
@@ -492,4 +493,5 @@ class Network:
 
 def _copies(p: Param) -> tuple[Surface, ...]:
     """The surfaces that hold copies of a Param."""
-    return tuple(surface for surface, _ in p.placements)
+    given = (p.given,) if p.given is not None else ()
+    return (*given, *(surface for surface, _ in p.placements))

@@ -12,18 +12,20 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
 from anert import ffi
-from anert.errors import InputError, ShapeError
+from anert.errors import InputError, ShapeError, StateError
 from anert.ffi import Pool, call
 from anert.kernel import Slot
-from anert.surface import Heap, Surface, locked, shared
+from anert.surface import Heap, ReadOnlySurface, Surface, locked, shared
 
 Progress = Callable[[float, float], None]
 """(done, total) of something that takes a while."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,10 @@ class Spec:
 
 class Param:
     """A named parameter; `master` and, in training, `grad`, `m`, `v` are fp32 (rows, cols) views of the store's
-    buffers."""
+    buffers. One that does not change may have `halves` instead, fp16 (rows, cols) as a file holds them."""
 
-    def __init__(self, name: str, spec: Spec, master: np.ndarray) -> None:
-        self.name, self.spec, self.master = name, spec, master
+    def __init__(self, name: str, spec: Spec, master: np.ndarray | None, halves: np.ndarray | None = None) -> None:
+        self.name, self.spec, self._master, self.halves = name, spec, master, halves
         self.rows, self.cols = spec.shape
         self.grad: np.ndarray | None = None
         self.m: np.ndarray | None = None
@@ -73,12 +75,26 @@ class Param:
         self.placements: list[tuple[Surface, Slot]] = []
         self.encoded: Surface | None = None
         """An int8 copy (anert_q8_encode); optimizers do not write it, `ParamStore.sync` does."""
+        self.given: Surface | None = None
+        """`halves` as the dense copy that programs read."""
         self._shared: list[Surface] = []
         self._native: Any = None
 
+    @property
+    def master(self) -> np.ndarray:
+        """fp32 (rows, cols); of halves, widened anew each time."""
+        if self._master is None:
+            assert self.halves is not None
+            return self.halves.astype(np.float32)
+        return self._master
+
     def place(self, surface: Surface, slot: Slot) -> None:
         """Keep an fp16 copy at `slot` of `surface` from now on. ShapeError if the slot has another shape or leaves the
-        surface."""
+        surface, StateError if nobody may write that."""
+        if surface.read_only:
+            raise StateError(
+                f"{self.name}: a copy of it is to be written, the surface is read-only: take one of a heap"
+            )
         if (slot.rows, slot.cols) != (self.rows, self.cols):
             raise ShapeError(f"{self.name} is {self.spec.shape}, its slot in {slot.port} is ({slot.rows}, {slot.cols})")
         last = slot.offset + (self.rows - 1) * slot.row_stride + (self.cols - 1) * slot.col_stride + slot.broadcast
@@ -104,7 +120,7 @@ class Param:
 
     @property
     def surfaces(self) -> list[Surface]:
-        """Where its copies lie."""
+        """Where its copies lie, those that are written."""
         encoded = [self.encoded] if self.encoded is not None else []
         return [*(surface for surface, _ in self.placements), *encoded]
 
@@ -133,7 +149,8 @@ class ParamStore(Mapping[str, Param]):
     def __init__(self, heap: Heap, pool: Pool, specs: Mapping[str, Spec], train: bool,
                  tensors: Mapping[str, np.ndarray] | None = None) -> None:  # fmt: skip
         """tensors: weights that will not change. Then masters are views of these, where they are float32, so that a
-        mapped file is read once, on its way into the fp16 copies; InputError names what is missing or misshapen."""
+        mapped file is read once, on its way into the fp16 copies; and matrices that are float16 are no copy's source but
+        what programs read, where they take it as it lies. InputError names what is missing or misshapen."""
         self.heap, self.pool = heap, pool
         self.offsets: dict[str, int] = {}
         at = 0
@@ -149,16 +166,17 @@ class ParamStore(Mapping[str, Param]):
         self._params: dict[str, Param] = {}
         for name, spec in specs.items():
             if tensors is not None:
-                master = np.ascontiguousarray(_tensor(tensors, name, spec), np.float32)
-            else:
-                master = self._view(self.flats[0], name, spec)
-            p = self._params[name] = Param(name, spec, master)
+                self._params[name] = _unchanging(name, spec, _tensor(tensors, name, spec))
+                continue
+            p = self._params[name] = Param(name, spec, self._view(self.flats[0], name, spec))
             if self.grads is not None:
                 p.grad = self._view(self.grads, name, spec)
                 p.m, p.v = self._view(self.flats[1], name, spec), self._view(self.flats[2], name, spec)
         self.n_params = sum(spec.size for spec in specs.values())
         self._copies: dict[tuple[str, Slot, int], Surface] = {}
         self._ahead: _Ahead | None = None
+        halves = [p for p in self._params.values() if p.halves is not None]
+        self._finite = _Finite(pool, halves) if halves else None
 
     @property
     def master(self) -> np.ndarray:
@@ -181,8 +199,16 @@ class ParamStore(Mapping[str, Param]):
     def __len__(self) -> int:
         return len(self._params)
 
-    def copy_of(self, name: str, slot: Slot, nbytes: int, make: Callable[[int], Surface]) -> Surface:
-        """The surface that holds parameter `name` alone, laid out as `slot`: one for all programs that read it so."""
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes that fp16 copies of all weights take, one of each that is not there already."""
+        return sum(2 * p.spec.size for p in self.values() if p.halves is None)
+
+    def copy_of(self, name: str, slot: Slot, nbytes: int, make: Callable[[int], Surface], any_memory: bool) -> Surface:
+        """The surface that holds parameter `name` alone, laid out as `slot`: one for all programs that read it so.
+        any_memory: it may be one that nobody made for the purpose and nobody writes, over halves that lie so."""
+        if any_memory and slot.dense and nbytes <= 2 * self[name].spec.size and (given := self._given(name)):
+            return given
         key = (
             name,
             Slot("", slot.rows, slot.cols, slot.offset, slot.row_stride, slot.col_stride, slot.broadcast),
@@ -193,6 +219,13 @@ class ParamStore(Mapping[str, Param]):
             surface = self._copies[key] = make(nbytes)
             self[name].place(surface, slot)
         return surface
+
+    def _given(self, name: str) -> Surface | None:
+        """The surface over a parameter's halves; none where they are not finite: a copy is clamped."""
+        p = self[name]
+        if p.given is None and p.halves is not None and self._finite is not None and self._finite.result()[name]:
+            p.given = ReadOnlySurface(p.halves)
+        return p.given
 
     def encoded_copy(self, name: str, make: Callable[[int], Surface]) -> Surface:
         """The surface that holds parameter `name` in int8. ShapeError if its columns are no groups of 32."""
@@ -275,14 +308,17 @@ class _Writing:
     """Params on their way to their copies: one native call."""
 
     def __init__(self, pool: Pool, params: Sequence[Param]) -> None:
-        self.pool, self.params = pool, params
-        self.table = ffi.ffi.new("anert_param[]", max(1, len(params)))
+        self.pool, self.params = pool, [p for p in params if p.copies]
+        self.table = ffi.ffi.new("anert_param[]", max(1, len(self.params)))
         self.kept: list[object] = []
-        for item, p in zip(self.table, params, strict=False):
+        for item, p in zip(self.table, self.params, strict=False):
             placements, n = p.native
-            master = ffi.ffi.from_buffer("float[]", p.master)
-            self.kept += [placements, master]
-            item.master, item.rows, item.cols = master, p.rows, p.cols
+            if p.halves is not None:
+                item.halves = source = ffi.ffi.from_buffer("uint16_t[]", p.halves)
+            else:
+                item.master = source = ffi.ffi.from_buffer("float[]", p.master)
+            self.kept += [placements, source]
+            item.rows, item.cols = p.rows, p.cols
             item.placements, item.n_placements = placements, n
             if p.encoded is not None:
                 item.encoded = ffi.ffi.cast("uint8_t *", p.encoded.ptr)
@@ -297,27 +333,62 @@ class _Writing:
         return int(clamped[0])
 
 
-class _Ahead:
+class _Thread(Generic[T]):
+    """Work that is one native call, on a thread."""
+
+    def __init__(self, work: Callable[[], T], name: str) -> None:
+        self._outcome: list[tuple[T | None, BaseException | None]] = []
+        self._thread = threading.Thread(target=self._run, args=(work,), name=name)
+        self._thread.start()
+
+    def _run(self, work: Callable[[], T]) -> None:
+        try:
+            self._outcome.append((work(), None))
+        except BaseException as error:  # raised again in `result`
+            self._outcome.append((None, error))
+
+    def result(self) -> T:
+        """What the work gave, or raised."""
+        self._thread.join()
+        found, error = self._outcome[0]
+        if error is not None:
+            raise error
+        return cast(T, found)
+
+
+class _Ahead(_Thread[int]):
     """A _Writing on a thread. copies: by name, how many a Param had then."""
 
     def __init__(self, pool: Pool, params: Sequence[Param]) -> None:
         self.copies = {p.name: p.copies for p in params}
-        self._outcome: list[int | BaseException] = []
-        self._thread = threading.Thread(target=self._run, args=(_Writing(pool, params),), name="anert-sync")
-        self._thread.start()
+        super().__init__(_Writing(pool, params).run, "anert-sync")
 
-    def _run(self, writing: _Writing) -> None:
-        try:
-            self._outcome.append(writing.run())
-        except BaseException as error:  # raised again in `result`
-            self._outcome.append(error)
 
-    def result(self) -> int:
-        self._thread.join()
-        found = self._outcome[0]
-        if isinstance(found, BaseException):
-            raise found
-        return found
+class _Finite(_Thread[dict[str, bool]]):
+    """Whether halves are finite, by name; by the way, a file's pages are in the process when the first program reads
+    them."""
+
+    def __init__(self, pool: Pool, params: Sequence[Param]) -> None:
+        sources = [ffi.ffi.from_buffer("uint16_t[]", p.halves) for p in params]
+        finite = np.zeros(len(params), np.int32)
+
+        def work() -> dict[str, bool]:
+            arrays = ffi.ffi.new("uint16_t *[]", sources)
+            sizes = ffi.ffi.new("size_t[]", [p.spec.size for p in params])
+            call(
+                ffi.lib.anert_f16_finite, pool.ptr, arrays, sizes, len(params), ffi.ffi.from_buffer("int32_t[]", finite)
+            )
+            return {p.name: bool(ok) for p, ok in zip(params, finite, strict=True)}
+
+        super().__init__(work, "anert-pages")
+
+
+def _unchanging(name: str, spec: Spec, source: np.ndarray) -> Param:
+    """A Param of weights that will not change: matrices of float16 as they are, all else as float32, copied where that
+    is needed (an odd address is no fp16 array for native code)."""
+    if source.dtype == np.float16 and spec.shape[1] > 1:
+        return Param(name, spec, None, np.require(source, np.float16, ("C", "A")))
+    return Param(name, spec, np.ascontiguousarray(source, np.float32))
 
 
 def _tensor(tensors: Mapping[str, np.ndarray], name: str, spec: Spec) -> np.ndarray:

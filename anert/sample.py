@@ -206,8 +206,8 @@ def open_engine(
     from anert.runtime import Runtime
 
     rt = Runtime(backend, precision, threads=threads)
-    rt.check_memory(2 * sum(s.size for s in model.specs().values()), "the weights")
     store = ParamStore(rt.heap, rt.pool, model.specs(), train=False, tensors=tensors)
+    rt.check_memory(store.copy_bytes, "the weights")
     session = open_session(rt, model, store, widths_for(1), weights)
     if rt.engine is None:  # an engine of its own may bind programs to surfaces that a thread has locked
         store.sync_ahead()

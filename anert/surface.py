@@ -45,11 +45,13 @@ class Surface:
     The memory lives as long as the Surface or any array made from it, and there is no way to end it sooner.
     ptr: its address (`void *`); handle: the `anert_surface *`. Raises InputError or NativeError if it cannot be had.
 
-    `shared`: another device uses the memory too, so that every access of this process needs a lock.
+    `shared`: another device uses the memory too, so that every access of this process needs a lock. `read_only`: nobody
+    writes it.
     """
 
     __slots__ = ("_base", "handle", "nbytes")
     shared: ClassVar[bool] = False
+    read_only: ClassVar[bool] = False
 
     def __init__(self, heap: Heap, nbytes: int) -> None:
         native = load()
@@ -93,17 +95,20 @@ class Surface:
                 raise ValueError("the offset lies outside")
             if min(np.atleast_1d(shape), default=0) < 0:  # numpy.ndarray takes it for a size
                 raise ValueError("a dimension is negative")
-            return np.ndarray(shape, kind, load().ffi.buffer(self._base, self.nbytes), offset, strides)
+            return np.ndarray(shape, kind, self._buffer(), offset, strides)
         except (TypeError, ValueError) as error:
             raise ShapeError(
                 f"a view of shape {shape}, dtype {kind}, offset {offset}, strides {strides} "
                 f"does not fit a surface of {self.nbytes} bytes: {error}"
             ) from None
 
+    def _buffer(self) -> Any:
+        return load().ffi.buffer(self._base, self.nbytes)
+
     def acquire(self, read_only: bool) -> None:
         """Lock for reading (shared) or writing (exclusive); `lock` and `locked` pair it with its release.
 
-        Raises StateError at once if the surface is held otherwise: nobody waits.
+        Raises StateError at once if the surface is held otherwise, nobody waits, or if it is `read_only`.
         """
         call(load().lib.anert_surface_lock, self.handle, int(read_only))
 
@@ -121,8 +126,8 @@ class Surface:
             self.release(read_only)
 
     def access(self, read_only: bool = False) -> AbstractContextManager[Surface]:
-        """As `lock` where the surface is `shared`; elsewhere nothing."""
-        return self.lock(read_only) if self.shared else nullcontext(self)
+        """As `lock` where the surface is `shared`; elsewhere nothing, but that what is read alone is not written."""
+        return self.lock(read_only) if self.shared or self.read_only else nullcontext(self)
 
     def touch(self) -> None:
         """Say that memory was written without a lock: the seed advances."""
@@ -130,6 +135,35 @@ class Surface:
 
     def __repr__(self) -> str:
         return f"Surface({self.nbytes} bytes, seed {self.seed})"
+
+
+class ReadOnlySurface(Surface):
+    """A surface over the memory of an array, which a mapped file may own: nothing is copied, nobody writes.
+
+    The array, hence the map, lives as long as the surface or any array made from it. ShapeError unless it is
+    C-contiguous and holds at least one byte.
+    """
+
+    __slots__ = ()
+    read_only: ClassVar[bool] = True
+
+    def __init__(self, memory: NDArray[Any]) -> None:
+        native = load()
+        if not memory.flags.c_contiguous or not memory.nbytes:
+            raise ShapeError(
+                f"a surface lies over bytes in a row, at least 1, not over {memory.shape} of {memory.dtype}"
+            )
+        out = native.ffi.new("anert_surface **")
+        address = native.ffi.cast("void *", memory.ctypes.data)
+        call(native.lib.anert_surface_over, address, memory.nbytes, out)
+        handle, free = out[0], native.lib.anert_surface_free
+
+        self.handle = handle
+        self._base = native.ffi.gc(native.lib.anert_surface_base(handle), lambda _, kept=memory: free(handle))
+        self.nbytes = memory.nbytes
+
+    def _buffer(self) -> Any:
+        return memoryview(super()._buffer()).toreadonly()
 
 
 def shared(resources: Iterable[object]) -> list[Surface]:

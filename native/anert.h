@@ -47,6 +47,9 @@ anert_status anert_heap_new(anert_heap **out, anert_error *err);
 void anert_heap_free(anert_heap *heap);
 size_t anert_heap_bytes(const anert_heap *heap); /* bytes mapped now */
 anert_status anert_surface_new(anert_heap *heap, size_t nbytes, anert_surface **out, anert_error *err);
+/* A surface over memory that is somebody else's, who keeps it as it is for as long as the surface lives: a mapped file. Any
+ * alignment. No lock is had for writing (ESTATE), and its seed stays. */
+anert_status anert_surface_over(const void *base, size_t nbytes, anert_surface **out, anert_error *err);
 void anert_surface_free(anert_surface *surface);
 void *anert_surface_base(const anert_surface *surface);
 size_t anert_surface_size(const anert_surface *surface);
@@ -130,6 +133,7 @@ anert_status anert_param_sync(anert_pool *pool, const float *master, int64_t row
 /* A Param as a sync writes it: its placements, and `encoded`, unless NULL, by anert_q8_encode. */
 typedef struct {
     const float *master;
+    const uint16_t *halves; /* the weights, where master is NULL */
     int64_t rows, cols;
     const anert_placement *placements;
     int32_t n_placements;
@@ -143,6 +147,10 @@ anert_status anert_sum_squares(anert_pool *pool, const float *x, size_t n, doubl
 /* Largest magnitude of an fp16 array (inf counts, NaN does not) and whether all are finite. */
 anert_status anert_f16_amax(anert_pool *pool, const uint16_t *x, size_t n, float *amax, int32_t *finite,
                             anert_error *err);
+/* finite[i]: whether all of the i-th of `count` fp16 arrays is finite. Its pages are asked for first, in one call each where
+ * the system has one, so that no reader of a mapped file waits for them one by one. */
+anert_status anert_f16_finite(anert_pool *pool, const uint16_t *const *x, const size_t *n, int32_t count, int32_t *finite,
+                              anert_error *err);
 /* Gradient recipes that are not GEMMs; tap and cot are (c, n) fp16 with row strides, dw is fp32 and added to.
  * rowsum: dw[c] += alpha * sum_n tap[c, n] * cot[c, n] (tap.data NULL: 1). add: dw[r, c] += alpha * cot[r, c]. */
 anert_status anert_rowsum(anert_pool *pool, float alpha, const uint16_t *tap, int64_t tap_stride, const uint16_t *cot,

@@ -1,4 +1,4 @@
-/* surface.c: zeroed memory in 2 MiB-aligned slabs, handed out as refcounted surfaces.
+/* surface.c: zeroed memory in 2 MiB-aligned slabs, handed out as refcounted surfaces; and memory of others, to read alone.
  *
  * A slab keeps its free ranges sorted by offset and coalesced; a surface takes the first range that fits. A slab without
  * surfaces is unmapped. A heap lives until its handle is freed and its last surface is gone. */
@@ -38,9 +38,10 @@ struct anert_heap {
 };
 
 struct anert_surface {
-    anert_heap *heap;
+    anert_heap *heap; /* NULL: somebody else's memory, which nobody writes */
     slab *slab;
     range *spare; /* the node that takes the range back: freeing never allocates */
+    char *base;
     size_t offset, extent, nbytes;
     _Atomic int32_t lock; /* readers, or WRITER */
     _Atomic uint64_t seed;
@@ -199,8 +200,9 @@ static bool surface_place(anert_heap *heap, anert_surface *surface, size_t align
             return false;
     }
     surface->slab = from;
+    surface->base = from->base + surface->offset;
     if (surface->offset < from->fresh) /* used before: zero what the kernel did not */
-        memset(from->base + surface->offset, 0, MIN(surface->extent, from->fresh - surface->offset));
+        memset(surface->base, 0, MIN(surface->extent, from->fresh - surface->offset));
     from->fresh = MAX(from->fresh, surface->offset + surface->extent);
     return true;
 }
@@ -243,21 +245,36 @@ anert_status anert_surface_new(anert_heap *heap, size_t nbytes, anert_surface **
     return ANERT_OK;
 }
 
+anert_status anert_surface_over(const void *base, size_t nbytes, anert_surface **out, anert_error *err) {
+    if (out == NULL)
+        return anert_fail(err, ANERT_EINVAL, "out is NULL");
+    *out = NULL;
+    if (base == NULL || nbytes == 0 || nbytes > (size_t)PTRDIFF_MAX)
+        return anert_fail(err, ANERT_EINVAL, "no surface can be %zu bytes at %p", nbytes, base);
+    anert_surface *surface = calloc(1, sizeof *surface);
+    if (surface == NULL)
+        return anert_fail(err, ANERT_ENOMEM, "no memory for the record of a surface of %zu bytes", nbytes);
+    surface->base = (char *)base;
+    surface->nbytes = nbytes;
+    *out = surface;
+    return ANERT_OK;
+}
+
 void anert_surface_free(anert_surface *surface) {
     if (surface == NULL)
         return;
     anert_heap *heap = surface->heap;
-    pthread_mutex_lock(&heap->mutex);
-    slab_give(surface->slab, surface->spare, surface->offset, surface->extent);
-    if (surface->slab->used == 0)
-        slab_free(heap, surface->slab);
-    heap_leave(heap);
+    if (heap != NULL) {
+        pthread_mutex_lock(&heap->mutex);
+        slab_give(surface->slab, surface->spare, surface->offset, surface->extent);
+        if (surface->slab->used == 0)
+            slab_free(heap, surface->slab);
+        heap_leave(heap);
+    }
     free(surface);
 }
 
-void *anert_surface_base(const anert_surface *surface) {
-    return surface == NULL ? NULL : surface->slab->base + surface->offset;
-}
+void *anert_surface_base(const anert_surface *surface) { return surface == NULL ? NULL : surface->base; }
 
 size_t anert_surface_size(const anert_surface *surface) { return surface == NULL ? 0 : surface->nbytes; }
 
@@ -266,13 +283,15 @@ uint64_t anert_surface_seed(const anert_surface *surface) {
 }
 
 void anert_surface_touch(anert_surface *surface) {
-    if (surface != NULL)
+    if (surface != NULL && surface->heap != NULL)
         atomic_fetch_add(&surface->seed, 1);
 }
 
 anert_status anert_surface_lock(anert_surface *surface, int32_t read_only, anert_error *err) {
     if (surface == NULL)
         return anert_fail(err, ANERT_EINVAL, "surface is NULL");
+    if (!read_only && surface->heap == NULL)
+        return anert_fail(err, ANERT_ESTATE, "the surface is over memory that is read alone; write to a copy of it");
     int32_t held = atomic_load(&surface->lock);
     do {
         if (held == WRITER)

@@ -1,21 +1,95 @@
-/* sync.c: the weights of a model, written to all their copies in one call. */
+/* sync.c: the weights of a model: written to all their copies in one call, or looked at where they lie. */
+#if defined(__linux__)
+#define _GNU_SOURCE /* madvise */
+#endif
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include "internal.h"
 
+#if defined(__linux__) && !defined(MADV_POPULATE_READ)
+#define MADV_POPULATE_READ 22 /* Linux 5.14; older kernels refuse it, and pages come as they are read */
+#endif
+
+static anert_status write_copies(anert_pool *pool, const anert_param *p, const float *master, uint64_t *total, anert_error *err) {
+    uint64_t past = 0;
+    anert_status status = anert_param_sync(pool, master, p->rows, p->cols, p->placements, p->n_placements, &past, err);
+    if (status == ANERT_OK && p->encoded != NULL)
+        status = anert_q8_encode(pool, master, p->rows, p->cols, p->encoded, err);
+    *total += past;
+    return status;
+}
+
+/* Of weights that are halves: widened a few rows at a time. */
+static anert_status write_narrow(anert_pool *pool, const anert_param *p, uint64_t *total, anert_error *err) {
+    enum { WIDE = 1 << 20, ROWS = 16 }; /* elements; int8's blocks of rows */
+    if (p->halves == NULL || p->rows < 1 || p->cols < 1 || p->n_placements < 0 || (p->n_placements > 0 && p->placements == NULL))
+        return anert_fail(err, ANERT_EINVAL, "sync: halves (%lld, %lld) at %p with %d placements", (long long)p->rows,
+                          (long long)p->cols, (const void *)p->halves, p->n_placements);
+    int64_t step = MIN(p->rows, MAX((int64_t)ROWS, WIDE / p->cols / ROWS * ROWS)), wide_bytes;
+    anert_placement *moved = malloc(sizeof *moved * (size_t)MAX(p->n_placements, 1));
+    float *wide = __builtin_mul_overflow(step * (int64_t)sizeof *wide, p->cols, &wide_bytes) ? NULL : malloc((size_t)wide_bytes);
+    anert_status status = ANERT_OK;
+    if (moved == NULL || wide == NULL)
+        status = anert_fail(err, ANERT_ENOMEM, "no memory for %lld rows of %lld weights", (long long)step, (long long)p->cols);
+    for (int64_t row = 0; row < p->rows && status == ANERT_OK; row += step) {
+        anert_param part = *p;
+        part.rows = MIN(step, p->rows - row);
+        part.placements = moved;
+        part.encoded = p->encoded == NULL ? NULL : p->encoded + anert_q8_bytes(row, p->cols);
+        for (int32_t i = 0; i < p->n_placements; i++) {
+            moved[i] = p->placements[i];
+            moved[i].base += row * moved[i].row_stride;
+        }
+        status = anert_f16_to_f32(pool, p->halves + row * p->cols, wide, (size_t)(part.rows * p->cols), err);
+        if (status == ANERT_OK)
+            status = write_copies(pool, &part, wide, total, err);
+    }
+    free(moved);
+    free(wide);
+    return status;
+}
+
 anert_status anert_params_sync(anert_pool *pool, const anert_param *params, int64_t n, uint64_t *clamped, anert_error *err) {
-    uint64_t past = 0, total = 0;
+    uint64_t total = 0;
     if (n < 0 || (n > 0 && params == NULL))
         return anert_fail(err, ANERT_EINVAL, "sync: %lld params at %p", (long long)n, (const void *)params);
     for (int64_t i = 0; i < n; i++) {
         const anert_param *p = &params[i];
-        anert_status status = anert_param_sync(pool, p->master, p->rows, p->cols, p->placements,
-                                               p->n_placements, &past, err);
-        if (status == ANERT_OK && p->encoded != NULL)
-            status = anert_q8_encode(pool, p->master, p->rows, p->cols, p->encoded, err);
+        anert_status status = p->halves != NULL && p->master == NULL ? write_narrow(pool, p, &total, err)
+                                                                     : write_copies(pool, p, p->master, &total, err);
         if (status != ANERT_OK)
             return status;
-        total += past;
     }
     if (clamped != NULL)
         *clamped = total;
+    return ANERT_OK;
+}
+
+/* Maps the pages of these bytes, which may be a file's: by one call instead of by a fault each. Advice: a refusal costs time
+ * alone. */
+static void ask_for(const void *x, size_t nbytes) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)x / page * page;
+#if defined(MADV_POPULATE_READ)
+    (void)madvise((void *)from, (uintptr_t)x + nbytes - from, MADV_POPULATE_READ);
+#else
+    (void)madvise((void *)from, (uintptr_t)x + nbytes - from, MADV_WILLNEED);
+#endif
+}
+
+anert_status anert_f16_finite(anert_pool *pool, const uint16_t *const *x, const size_t *n, int32_t count, int32_t *finite,
+                              anert_error *err) {
+    if (count < 0 || (count > 0 && (x == NULL || n == NULL || finite == NULL)))
+        return anert_fail(err, ANERT_EINVAL, "%d arrays at %p, their results at %p", count, (const void *)x,
+                          (const void *)finite);
+    for (int32_t i = 0; i < count; i++) {
+        float most;
+        if (n[i] > 0 && n[i] <= PTRDIFF_MAX / sizeof(uint16_t))
+            ask_for(x[i], n[i] * sizeof(uint16_t));
+        anert_status status = anert_f16_amax(pool, x[i], n[i], &most, &finite[i], err);
+        if (status != ANERT_OK)
+            return status;
+    }
     return ANERT_OK;
 }

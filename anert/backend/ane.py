@@ -176,6 +176,7 @@ class AneBackend(Backend):
     """
 
     name = "ane"
+    any_memory = False
 
     def __init__(self, capabilities: Capabilities | None = None, fallback: bool = True, framework: str = "") -> None:
         caps = capabilities or load_record() or ANE

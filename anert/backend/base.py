@@ -13,9 +13,10 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from anert.capabilities import Capabilities
-from anert.errors import CompileError, ShapeError, UnsupportedError
+from anert.errors import CompileError, ShapeError, StateError, UnsupportedError
 from anert.mil.graph import Function, TensorType
 from anert.surface import Surface
 
@@ -88,7 +89,8 @@ class Program(abc.ABC):
     stats: ProgramStats
 
     def bind(self, surfaces: Mapping[str, Surface]) -> Binding:
-        """Put a surface on every port. Raises ShapeError for a missing, unknown or short one."""
+        """Put a surface on every port. Raises ShapeError for a missing, unknown or short one, StateError for one to be
+        written that cannot be."""
         ports = {p.name: p for p in (*self.inputs, *self.outputs)}
         for name in surfaces:
             if name not in ports:
@@ -98,6 +100,9 @@ class Program(abc.ABC):
                 raise ShapeError(f"port {name!r} has no surface")
             if surfaces[name].nbytes < port.nbytes:
                 raise ShapeError(f"port {name!r} needs {port.nbytes} bytes, its surface has {surfaces[name].nbytes}")
+        for port in self.outputs:
+            if surfaces[port.name].read_only:
+                raise StateError(f"port {port.name!r} is written, its surface is read-only: make it one of its own")
         return self._bind(surfaces)
 
     @abc.abstractmethod
@@ -119,6 +124,8 @@ class Backend(abc.ABC):
 
     name: str
     capabilities: Capabilities
+    any_memory: ClassVar[bool] = True
+    """Whether programs can be bound to surfaces that this backend did not make."""
 
     def __init__(self, capabilities: Capabilities, budget: int) -> None:
         self.capabilities = capabilities
