@@ -44,7 +44,7 @@ def evaluate(
     from anert.inputs import open_model
     from anert.network import Network
     from anert.param import ParamStore
-    from anert.runtime import Runtime
+    from anert.runtime import Runtime, memory_available
     from anert.waiting import waited
 
     model, tensors, load_vocabulary = open_model(plugin, Path(checkpoint), tokenizer)
@@ -61,6 +61,8 @@ def evaluate(
         rt = Runtime(backend, precision, threads=threads)
         store = ParamStore(rt.heap, rt.pool, model.specs(), False, tensors)
         rt.check_memory(store.copy_bytes, "the weights")
+        if rt.backend.any_memory:
+            store.settle_ahead(memory_available())
         net = Network(rt, model, store, model.config.seq_len, 1, train=False)
         store.sync()
         n = len(ids) - 1 if not tokens else min(tokens, len(ids) - 1)

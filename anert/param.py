@@ -7,12 +7,11 @@ when the optimizer steps or weights are loaded, and at no other time.
 from __future__ import annotations
 
 import math
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, cast
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +19,11 @@ from anert import ffi
 from anert.errors import InputError, ShapeError, StateError
 from anert.ffi import Pool, call
 from anert.kernel import Slot
+from anert.mapped import Ahead, finite_ahead, map_of, settle_ahead
 from anert.surface import Heap, ReadOnlySurface, Surface, locked, shared
 
 Progress = Callable[[float, float], None]
 """(done, total) of something that takes a while."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +147,8 @@ class ParamStore(Mapping[str, Param]):
     def __init__(self, heap: Heap, pool: Pool, specs: Mapping[str, Spec], train: bool,
                  tensors: Mapping[str, np.ndarray] | None = None) -> None:  # fmt: skip
         """tensors: weights that will not change. Then masters are views of these, where they are float32, so that a
-        mapped file is read once, on its way into the fp16 copies; and matrices that are float16 are no copy's source but
-        what programs read, where they take it as it lies. InputError names what is missing or misshapen."""
+        mapped file is read once, on its way into the fp16 copies; and a file's matrices of float16 are what programs
+        read, where these take them as they lie. InputError names what is missing or misshapen."""
         self.heap, self.pool = heap, pool
         self.offsets: dict[str, int] = {}
         at = 0
@@ -175,8 +173,9 @@ class ParamStore(Mapping[str, Param]):
         self.n_params = sum(spec.size for spec in specs.values())
         self._copies: dict[tuple[str, Slot, int], Surface] = {}
         self._ahead: _Ahead | None = None
-        halves = [p for p in self._params.values() if p.halves is not None]
-        self._finite = _Finite(pool, halves) if halves else None
+        self._mapped = {n: p.halves for n, p in self._params.items() if p.halves is not None and map_of(p.halves)}
+        self._finite = finite_ahead(pool, self._mapped) if self._mapped else None
+        self._settling: Ahead[int] | None = None
 
     @property
     def master(self) -> np.ndarray:
@@ -202,11 +201,12 @@ class ParamStore(Mapping[str, Param]):
     @property
     def copy_bytes(self) -> int:
         """Bytes that fp16 copies of all weights take, one of each that is not there already."""
-        return sum(2 * p.spec.size for p in self.values() if p.halves is None)
+        return sum(2 * p.spec.size for name, p in self.items() if name not in self._mapped)
 
-    def copy_of(self, name: str, slot: Slot, nbytes: int, make: Callable[[int], Surface], any_memory: bool) -> Surface:
+    def copy_of(self, name: str, slot: Slot, nbytes: int, make: Callable[[int], Surface],
+                any_memory: bool = False) -> Surface:  # fmt: skip
         """The surface that holds parameter `name` alone, laid out as `slot`: one for all programs that read it so.
-        any_memory: it may be one that nobody made for the purpose and nobody writes, over halves that lie so."""
+        any_memory: it may be one that nobody made for the purpose and nobody writes, over a file's halves."""
         if any_memory and slot.dense and nbytes <= 2 * self[name].spec.size and (given := self._given(name)):
             return given
         key = (
@@ -221,11 +221,17 @@ class ParamStore(Mapping[str, Param]):
         return surface
 
     def _given(self, name: str) -> Surface | None:
-        """The surface over a parameter's halves; none where they are not finite: a copy is clamped."""
+        """The surface over a parameter's halves in a file; none where they are not finite: a copy is clamped."""
         p = self[name]
-        if p.given is None and p.halves is not None and self._finite is not None and self._finite.result()[name]:
-            p.given = ReadOnlySurface(p.halves)
+        if p.given is None and self._finite is not None and self._finite.result().get(name):
+            p.given = ReadOnlySurface(self._mapped[name])
         return p.given
+
+    def settle_ahead(self, available: int) -> None:
+        """Begin to move a file's halves to huge pages, where programs read them faster; they may read meanwhile, from
+        the same addresses. Not unless `available` bytes of memory hold them twice."""
+        if self._finite is not None and 2 * sum(a.nbytes for a in self._mapped.values()) <= available:
+            self._settling = settle_ahead(list(self._mapped.values()), behind=self._finite)
 
     def encoded_copy(self, name: str, make: Callable[[int], Surface]) -> Surface:
         """The surface that holds parameter `name` in int8. ShapeError if its columns are no groups of 32."""
@@ -333,54 +339,12 @@ class _Writing:
         return int(clamped[0])
 
 
-class _Thread(Generic[T]):
-    """Work that is one native call, on a thread."""
-
-    def __init__(self, work: Callable[[], T], name: str) -> None:
-        self._outcome: list[tuple[T | None, BaseException | None]] = []
-        self._thread = threading.Thread(target=self._run, args=(work,), name=name)
-        self._thread.start()
-
-    def _run(self, work: Callable[[], T]) -> None:
-        try:
-            self._outcome.append((work(), None))
-        except BaseException as error:  # raised again in `result`
-            self._outcome.append((None, error))
-
-    def result(self) -> T:
-        """What the work gave, or raised."""
-        self._thread.join()
-        found, error = self._outcome[0]
-        if error is not None:
-            raise error
-        return cast(T, found)
-
-
-class _Ahead(_Thread[int]):
+class _Ahead(Ahead[int]):
     """A _Writing on a thread. copies: by name, how many a Param had then."""
 
     def __init__(self, pool: Pool, params: Sequence[Param]) -> None:
         self.copies = {p.name: p.copies for p in params}
         super().__init__(_Writing(pool, params).run, "anert-sync")
-
-
-class _Finite(_Thread[dict[str, bool]]):
-    """Whether halves are finite, by name; by the way, a file's pages are in the process when the first program reads
-    them."""
-
-    def __init__(self, pool: Pool, params: Sequence[Param]) -> None:
-        sources = [ffi.ffi.from_buffer("uint16_t[]", p.halves) for p in params]
-        finite = np.zeros(len(params), np.int32)
-
-        def work() -> dict[str, bool]:
-            arrays = ffi.ffi.new("uint16_t *[]", sources)
-            sizes = ffi.ffi.new("size_t[]", [p.spec.size for p in params])
-            call(
-                ffi.lib.anert_f16_finite, pool.ptr, arrays, sizes, len(params), ffi.ffi.from_buffer("int32_t[]", finite)
-            )
-            return {p.name: bool(ok) for p, ok in zip(params, finite, strict=True)}
-
-        super().__init__(work, "anert-pages")
 
 
 def _unchanging(name: str, spec: Spec, source: np.ndarray) -> Param:

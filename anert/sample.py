@@ -203,11 +203,13 @@ def open_engine(
         raise InputError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
     from anert.decode import Session, open_session, widths_for
     from anert.param import ParamStore
-    from anert.runtime import Runtime
+    from anert.runtime import Runtime, memory_available
 
     rt = Runtime(backend, precision, threads=threads)
     store = ParamStore(rt.heap, rt.pool, model.specs(), train=False, tensors=tensors)
     rt.check_memory(store.copy_bytes, "the weights")
+    if rt.backend.any_memory and weights == "fp16":
+        store.settle_ahead(memory_available())
     session = open_session(rt, model, store, widths_for(1), weights)
     if rt.engine is None:  # an engine of its own may bind programs to surfaces that a thread has locked
         store.sync_ahead()

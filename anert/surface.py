@@ -163,7 +163,7 @@ class ReadOnlySurface(Surface):
         self.nbytes = memory.nbytes
 
     def _buffer(self) -> Any:
-        return memoryview(super()._buffer()).toreadonly()
+        return np.frombuffer(memoryview(super()._buffer()).toreadonly(), np.uint8)
 
 
 def shared(resources: Iterable[object]) -> list[Surface]:

@@ -64,6 +64,16 @@ anert_status anert_surface_hold(anert_surface *const *surfaces, int32_t n, int32
                                 anert_error *err);
 void anert_surface_release(anert_surface *const *surfaces, int32_t n, int32_t reads);
 
+/* ---- Pages of a mapped file, read where they lie ----
+ * finite[i]: whether all of the i-th of `count` fp16 arrays is finite. Its pages are asked for in one call each, where the
+ * system has one, so that no reader waits for them one by one. */
+anert_status anert_f16_finite(anert_pool *pool, const uint16_t *const *x, const size_t *n, int32_t count, int32_t *finite,
+                              anert_error *err);
+/* Puts huge pages with the same bytes, to be read alone, in the place of all 2 MiB of [base, base + nbytes) that a map of a file
+ * holds to be read alone; others may read meanwhile, none may write or unmap. *settled (may be NULL): bytes that were. ENOMEM or
+ * ESYSTEM leaves all as it was; systems without mremap do nothing. */
+anert_status anert_pages_settle(const void *base, size_t nbytes, size_t *settled, anert_error *err);
+
 /* ---- fp16: round to nearest even, subnormals kept, NaN by the hardware rule (sign | 0x7e00 | payload >> 13) ----
  * clamp: 1 turns anything past +-65504 (inf too, not NaN) into +-65504 and sets *clamped (may be NULL) to how many.
  * Strides are in elements. The transposes read src as (rows, cols) with row stride src_stride and write dst as
@@ -147,10 +157,6 @@ anert_status anert_sum_squares(anert_pool *pool, const float *x, size_t n, doubl
 /* Largest magnitude of an fp16 array (inf counts, NaN does not) and whether all are finite. */
 anert_status anert_f16_amax(anert_pool *pool, const uint16_t *x, size_t n, float *amax, int32_t *finite,
                             anert_error *err);
-/* finite[i]: whether all of the i-th of `count` fp16 arrays is finite. Its pages are asked for first, in one call each where
- * the system has one, so that no reader of a mapped file waits for them one by one. */
-anert_status anert_f16_finite(anert_pool *pool, const uint16_t *const *x, const size_t *n, int32_t count, int32_t *finite,
-                              anert_error *err);
 /* Gradient recipes that are not GEMMs; tap and cot are (c, n) fp16 with row strides, dw is fp32 and added to.
  * rowsum: dw[c] += alpha * sum_n tap[c, n] * cot[c, n] (tap.data NULL: 1). add: dw[r, c] += alpha * cot[r, c]. */
 anert_status anert_rowsum(anert_pool *pool, float alpha, const uint16_t *tap, int64_t tap_stride, const uint16_t *cot,

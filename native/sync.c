@@ -1,16 +1,7 @@
-/* sync.c: the weights of a model: written to all their copies in one call, or looked at where they lie. */
-#if defined(__linux__)
-#define _GNU_SOURCE /* madvise */
-#endif
+/* sync.c: the weights of a model, written to all their copies in one call. */
 #include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 #include "internal.h"
-
-#if defined(__linux__) && !defined(MADV_POPULATE_READ)
-#define MADV_POPULATE_READ 22 /* Linux 5.14; older kernels refuse it, and pages come as they are read */
-#endif
 
 static anert_status write_copies(anert_pool *pool, const anert_param *p, const float *master, uint64_t *total, anert_error *err) {
     uint64_t past = 0;
@@ -64,32 +55,5 @@ anert_status anert_params_sync(anert_pool *pool, const anert_param *params, int6
     }
     if (clamped != NULL)
         *clamped = total;
-    return ANERT_OK;
-}
-
-/* Maps the pages of these bytes, which may be a file's: by one call instead of by a fault each. Advice: a refusal costs time
- * alone. */
-static void ask_for(const void *x, size_t nbytes) {
-    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), from = (uintptr_t)x / page * page;
-#if defined(MADV_POPULATE_READ)
-    (void)madvise((void *)from, (uintptr_t)x + nbytes - from, MADV_POPULATE_READ);
-#else
-    (void)madvise((void *)from, (uintptr_t)x + nbytes - from, MADV_WILLNEED);
-#endif
-}
-
-anert_status anert_f16_finite(anert_pool *pool, const uint16_t *const *x, const size_t *n, int32_t count, int32_t *finite,
-                              anert_error *err) {
-    if (count < 0 || (count > 0 && (x == NULL || n == NULL || finite == NULL)))
-        return anert_fail(err, ANERT_EINVAL, "%d arrays at %p, their results at %p", count, (const void *)x,
-                          (const void *)finite);
-    for (int32_t i = 0; i < count; i++) {
-        float most;
-        if (n[i] > 0 && n[i] <= PTRDIFF_MAX / sizeof(uint16_t))
-            ask_for(x[i], n[i] * sizeof(uint16_t));
-        anert_status status = anert_f16_amax(pool, x[i], n[i], &most, &finite[i], err);
-        if (status != ANERT_OK)
-            return status;
-    }
     return ANERT_OK;
 }

@@ -24,7 +24,7 @@ LAYERS = (
     ("errors", "capabilities", "events", "files", "plot"),
     ("waiting",),
     ("ffi",),
-    ("surface",),
+    ("surface", "mapped"),
     ("mil.graph",),
     ("mil.ops",),
     ("mil",),
@@ -65,7 +65,7 @@ ONLY = {
 }
 """Top-level modules that only these modules of anert may import."""
 
-C_DOORS = ("ffi", "surface", "runtime", "backend", "network", "param", "optim", "head", "decode", "bench")
+C_DOORS = ("ffi", "surface", "mapped", "runtime", "backend", "network", "param", "optim", "head", "decode", "bench")
 """Modules that may name a function of the native library (`lib.anert_...`)."""
 
 

@@ -14,6 +14,8 @@ Write a model in another format. SRC: any model file that `anert inspect` knows,
 
   v0, v1    llama2.c, float32 (its run.c reads v0)      v2     llama2.c, int8 in groups (its runq.c)
   hf        Hugging Face directory, with the tokenizer   anert  a run directory, to sample from or to --init with
+
+--to anert --dtype fp16 starts to tell soonest: anert sample reads its weights in the file's own memory, without a copy.
 """
 
 
@@ -29,7 +31,12 @@ def main(argv: Sequence[str]) -> int:
     add("target", metavar="DST", type=Path, help="where the new one goes")
     add("--to", required=True, choices=tuple(WRITABLE), help=", ".join(WRITABLE))
     add("--tokenizer", default="", metavar="FILE", help="tokenizer to go with it [the source's own]")
-    add("--dtype", default="", choices=tuple(ENCODINGS), help="hf: fp32, fp16 or bf16 [the source's]")
+    add(
+        "--dtype",
+        default="",
+        choices=tuple(ENCODINGS),
+        help="hf: fp32, fp16 or bf16 [the source's]; anert: fp32 or fp16 [fp32]",
+    )
     add("--shard-mb", default=0.0, type=reader(float), metavar="X", help="hf: split weights over files of X MB [5000]")
     add("--group-size", default=0, type=reader(int), metavar="N", help="v2: weights that share a scale [64]")
     add("--plugin", default="", metavar="NAME", help="anert: the plugin that is to run it [stories]")

@@ -11,6 +11,9 @@ from anert.formats import tensor_file
 from anert.formats.base import Pretrained, Tensors
 from anert.tokenizer import load_tokenizer
 
+DTYPES = ("fp32", "fp16")
+"""What a step's matrices are written in."""
+
 
 def sniff(path: Path) -> bool:
     """Whether a directory is a run's or a step's."""
@@ -33,10 +36,14 @@ def read(path: Path, hashed: bool = True) -> Pretrained:
     return model
 
 
-def write(path: Path, model: Pretrained, plugin: str = "") -> None:
-    """A run directory of one step, its weights in float32, without optimizer state: to sample from, or to `--init` a
-    run with."""
-    tensors = {name: model.tensors[name].astype("f4", copy=False) for name in model.tensors}
+def write(path: Path, model: Pretrained, plugin: str = "", dtype: str = "fp32") -> None:
+    """A run directory of one step, without optimizer state: to sample from, or to `--init` a run with. dtype: `fp32`,
+    or `fp16`: its matrices, which programs of backend cpu read where they lie in the file; what is computed with in
+    fp32 (norm gains) stays so, hence the same text comes out. InputError: another one, or a value past 65504."""
+    if dtype not in DTYPES:
+        raise InputError(f"--to anert holds {' or '.join(DTYPES)}, not {dtype}: choose one of them, or --to hf")
+    kinds = {name: dtype if len(e.shape) > 1 else "fp32" for name, e in model.tensors.entries.items()}
+    tensors = {name: tensor_file.encoded(model.tensors[name], kind, name) for name, kind in kinds.items()}
     known = model.about if model.format == "anert" else {}
     state = {
         "plugin": plugin or known.get("plugin", "stories"),
