@@ -86,6 +86,12 @@ class Param:
             return self.halves.astype(np.float32)
         return self._master
 
+    @master.setter
+    def master(self, values: np.ndarray) -> None:
+        if self._master is None:
+            raise StateError(f"{self.name} has no master to change: it is read where a file holds it; load it to train")
+        self._master = values
+
     def place(self, surface: Surface, slot: Slot) -> None:
         """Keep an fp16 copy at `slot` of `surface` from now on. ShapeError if the slot has another shape or leaves the
         surface, StateError if nobody may write that."""

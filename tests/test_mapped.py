@@ -316,6 +316,9 @@ def test_a_surface_over_a_file_is_read_alone(tmp_path):
         surface.array(np.float16, 1001)
     with pytest.raises(StateError, match="to be written, the surface is read-only"):
         ParamStore(Heap(), Pool(1), {"w": Spec.normal(2, 2)}, True)["w"].place(surface, Slot("w", 2, 2, 0, 2, 1))
+    given = ParamStore(Heap(), Pool(1), {"w": Spec.normal(10, 100)}, False, {"w": values})["w"]
+    with pytest.raises(StateError, match="no master to change"):
+        given.master *= 2
     del surface
     gc.collect()
     (tmp_path / "v").unlink()
