@@ -151,7 +151,7 @@ class Op:
 
 
 Slope = Callable[[Value, Value, tuple[Value, ...]], Sequence[Value | None]]
-"""(out, dout, values) -> the gradient of each of `values`, of its type, by ops in their function; None: it gets none."""
+"""(out, dout, values) -> the gradient of each of `values`, of its type, by ops in their function; None: it has none."""
 
 
 class Function:
