@@ -41,6 +41,7 @@ class Head:
         self._targets = np.full(n, -1, np.int32)
         a.targets = ffi.ffi.cast("int32_t *", self._targets.ctypes.data)
         self._loss, self._count = ffi.ffi.new("double *"), ffi.ffi.new("int64_t *")
+        self._err = ffi.error()
 
     @staticmethod
     def _fp16(p: Param) -> Any:
@@ -58,7 +59,7 @@ class Head:
     def embed(self, tokens: np.ndarray, x: Location) -> None:
         """x (dim, n) = columns of the embedding. `tokens` int32 (n,), C-contiguous."""
         call(ffi.lib.anert_embed, self.pool.ptr, self.table, self.embedding.rows, self.embedding.cols,
-             ffi.ffi.from_buffer("int32_t[]", tokens), self.n, x.pointer, x.slot.row_stride)  # fmt: skip
+             ffi.ffi.from_buffer("int32_t[]", tokens), self.n, x.pointer, x.slot.row_stride, err=self._err)  # fmt: skip
         x.surface.touch()
 
     def embed_backward(self, tokens: np.ndarray, dx: Location, alpha: float) -> None:
@@ -108,5 +109,5 @@ class Head:
         out = np.empty((columns.size, self.vocab), np.float32)
         with x.surface.access(read_only=True):
             call(ffi.lib.anert_head_logits, self.pool.ptr, a, ffi.ffi.from_buffer("int32_t[]", columns),
-                 columns.size, ffi.ffi.from_buffer("float[]", out))  # fmt: skip
+                 columns.size, ffi.ffi.from_buffer("float[]", out), err=self._err)  # fmt: skip
         return out

@@ -287,14 +287,15 @@ typedef struct {
     int32_t n_bases;
 } anert_link;
 anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_pool *pool, void *arena, anert_error *err);
-/* Columns [0, count) of src (rows, ..) fp16 become columns [at, at + count) of dst, for each of n: new keys and values
- * into their cache. Strides are in elements; dst has `cols` columns. */
+/* Columns [from, from + count) of src (rows, src_cols) fp16 become columns [to, to + count) of dst (rows, dst_cols), for each of
+ * n: new keys and values into their cache, rotations out of their table. Strides of rows are in elements. */
 typedef struct {
     const uint16_t *src;
     uint16_t *dst;
-    int64_t rows, cols, src_stride, dst_stride;
+    int64_t rows, src_cols, dst_cols, src_stride, dst_stride;
 } anert_columns;
-anert_status anert_columns_put(const anert_columns *columns, int32_t n, int64_t at, int64_t count, anert_error *err);
+anert_status anert_columns_move(const anert_columns *columns, int32_t n, int64_t from, int64_t to, int64_t count,
+                                anert_error *err);
 /* How many values counter i saw overflow fp16 since the plan was made; reset sets it to 0. */
 uint64_t anert_plan_counter(anert_plan *plan, int32_t i, int32_t reset);
 #endif
