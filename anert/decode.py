@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,6 +38,27 @@ THIN, FEW = 8, 24
 positions by several thin runs cost no more than by one wide."""
 
 
+Matrix = tuple[Any, int, int, int]
+"""Of fp16: pointer, rows, columns, row stride."""
+
+
+class Moves:
+    """Columns of some matrices into columns of others of as many rows, in one native call."""
+
+    def __init__(self, pairs: Sequence[tuple[Matrix, Matrix]], keep: object) -> None:
+        self._items, self._n, self._keep = ffi.ffi.new("anert_columns[]", max(1, len(pairs))), len(pairs), keep
+        self._err = ffi.error()
+        for item, ((src, rows, src_cols, src_stride), (dst, _, dst_cols, dst_stride)) in zip(
+            self._items, pairs, strict=False
+        ):
+            item.src, item.dst, item.rows = src, dst, rows
+            item.src_cols, item.dst_cols, item.src_stride, item.dst_stride = src_cols, dst_cols, src_stride, dst_stride
+
+    def run(self, source: int, target: int, count: int) -> None:
+        """Columns [source, source + count) of each source become [target, target + count) of its target."""
+        call(ffi.lib.anert_columns_move, self._items, self._n, source, target, count, err=self._err)
+
+
 @dataclass(slots=True)
 class _Width:
     """All that runs `size` new positions (the last of them may be padding)."""
@@ -45,11 +67,10 @@ class _Width:
     head: Head
     x: list[Location]
     run: Binding
-    new: object
-    """anert_columns of the new keys and values, for all layers."""
-    n_new: int
-    rotation: list[tuple[np.ndarray, np.ndarray]]
-    """For cos and sin of each head size: (port view (2 hd, T), table (2 hd, S))."""
+    before: Moves
+    """cos and sin of each head size, out of their tables (2 hd, S) into ports (2 hd, T)."""
+    after: Moves
+    """The new keys and values of all layers into their caches, and into the mask that they can be seen."""
     tokens: np.ndarray
     flops: int = 0
     """Executed by the blocks in one run."""
@@ -180,18 +201,18 @@ class Session:
             common |= {n: where for n, where in env.items() if n.startswith(("cos", "sin"))}
             new += [(env[n], self._caches[layer, j, n.removesuffix("_new")]) for n in env if n.endswith("_new")]
             x.append(env["y"])
-        columns = ffi.ffi.new("anert_columns[]", max(1, len(new)))
-        for item, (source, cache) in zip(columns, new, strict=False):
-            item.src, item.dst, item.rows = source.pointer, cache.pointer, source.slot.rows
-            item.cols, item.src_stride, item.dst_stride = self.capacity, source.slot.row_stride, cache.slot.row_stride
+        seen = np.zeros(size, np.float16)
+        after = [(_matrix(source, size), _matrix(cache, self.capacity)) for source, cache in new]
+        after.append((_rows(seen.reshape(1, -1)), _matrix(self._past, self.capacity)))
         rotations = [where for n, where in common.items() if n.startswith(("cos", "sin"))]
-        rotation = [(where.array(), self._table(n)) for n, where in common.items() if where in rotations]
+        before = [(_rows(self._table(n)), _matrix(w, size)) for n, w in common.items() if w in rotations]
         touched = [where.surface for where in (*common.values(), *(cache for _, cache in new))]
         filled = shared(where.surface for where in (x[0], *rotations))
         made, kept = (shared(pair[side].surface for pair in new) for side in range(2))
         flops = self.layers * sum(self._compile(k, b).stats.flops_executed for b in blocks for k in b.forward)
-        return _Width(size, head, x, rt.backend.chain(bindings), columns, len(new), rotation, np.zeros(size, np.int32),
-                      flops, touched, filled, made, [*kept, *shared([self._past.surface])])  # fmt: skip
+        return _Width(size, head, x, rt.backend.chain(bindings), Moves(before, self._tables), Moves(after, seen),
+                      np.zeros(size, np.int32), flops, touched, filled, made,
+                      [*kept, *shared([self._past.surface])])  # fmt: skip
 
     def _bind(self, kernel: Kernel, env: dict[str, Location], block: BlockKernels, layer: int, j: int,
               turn: int) -> Binding:  # fmt: skip
@@ -270,8 +291,9 @@ class Session:
             raise InputError(
                 f"{ids.size} tokens do not fit: the context of {self.capacity} positions holds {self.position} already"
             )
-        if int(ids.min()) < 0 or int(ids.max()) >= self.model.config.vocab_size:
-            worst = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+        low, high = (int(ids[0]),) * 2 if ids.size == 1 else (int(ids.min()), int(ids.max()))
+        if low < 0 or high >= self.model.config.vocab_size:
+            worst = low if low < 0 else high
             raise InputError(f"token {worst} is outside the vocabulary of {self.model.config.vocab_size}")
         start = 0
         while True:
@@ -285,6 +307,8 @@ class Session:
     def _width(self, n: int) -> _Width:
         """The narrowest program that takes n tokens, or the widest there is; of FEW tokens the widest thin one takes
         some."""
+        if n <= self.widths[0].size:
+            return self.widths[0]
         found = next((w for w in self.widths if w.size >= n), self.widths[-1])
         thin = [w for w in self.widths if w.size <= THIN]
         return thin[-1] if thin and found.size > THIN and n <= FEW else found
@@ -292,15 +316,14 @@ class Session:
     def _run(self, width: _Width, ids: np.ndarray) -> None:
         n, at = ids.size, self.position
         width.tokens[:n] = ids
-        width.tokens[n:] = 0  # padding comes after: nobody looks back at it
+        if n < width.size:
+            width.tokens[n:] = 0  # padding comes after: nobody looks back at it
         with locked(width.filled):
             width.head.embed(width.tokens, width.x[0])
-            for port, table in width.rotation:
-                port[:, :n] = table[:, at : at + n]
+            width.before.run(at, 0, n)
         width.run.run()
         with locked(width.kept, width.made):
-            call(ffi.lib.anert_columns_put, width.new, width.n_new, at, n)
-            self._mask[:, at : at + n] = 0.0
+            width.after.run(0, at, n)
         for surface in width.touched:
             surface.touch()
         self.position = at + n
@@ -361,6 +384,16 @@ def open_session(
             f"block {mixing!r} mixes positions outside attention: it decodes with fp16 weights alone"
         )
     return Windowed(runtime, model, store, on_compile)
+
+
+def _matrix(where: Location, cols: int) -> Matrix:
+    """The first `cols` columns of a location."""
+    return where.pointer, where.slot.rows, cols, where.slot.row_stride
+
+
+def _rows(array: np.ndarray) -> Matrix:
+    """A C-contiguous fp16 array (rows, cols); it must live as long as the pointer."""
+    return ffi.ffi.cast("uint16_t *", array.ctypes.data), array.shape[0], array.shape[1], array.shape[1]
 
 
 def _is_cache(name: str) -> bool:

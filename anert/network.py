@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,10 +35,10 @@ class Location:
 
     surface: Surface
     slot: Slot
+    pointer: Any = field(init=False, repr=False, compare=False)
 
-    @property
-    def pointer(self) -> Any:
-        return ffi.ffi.cast("uint16_t *", self.surface.ptr) + self.slot.offset
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pointer", ffi.ffi.cast("uint16_t *", self.surface.ptr) + self.slot.offset)
 
     def array(self) -> np.ndarray:
         """(rows, cols) fp16 view."""

@@ -171,10 +171,17 @@ def shared(resources: Iterable[object]) -> list[Surface]:
     return [r for r in dict.fromkeys(resources) if isinstance(r, Surface) and r.shared]
 
 
-@contextmanager
-def locked(written: Iterable[Surface], read: Iterable[Surface] = ()) -> Iterator[None]:
+def locked(written: Sequence[Surface], read: Sequence[Surface] = ()) -> AbstractContextManager[None]:
     """Hold surfaces, those to be written first, while the block runs; let go of them in reverse. StateError if one is
     held otherwise; then none is."""
+    return _locked(written, read) if written or read else _NOTHING
+
+
+_NOTHING = nullcontext()
+
+
+@contextmanager
+def _locked(written: Sequence[Surface], read: Sequence[Surface]) -> Iterator[None]:
     held: list[tuple[Surface, bool]] = []
     try:
         for surfaces, read_only in ((written, False), (read, True)):

@@ -169,10 +169,10 @@ anert_status anert_accumulate(anert_pool *pool, float alpha, const uint16_t *cot
 /* x[:, t] = table[token[t], :]; table (vocab, dim) fp16. EINVAL names the first id that is out of range. */
 anert_status anert_embed(anert_pool *pool, const uint16_t *table, int64_t vocab, int64_t dim, const int32_t *tokens,
                          int64_t n, uint16_t *x, int64_t x_stride, anert_error *err);
-/* dtable[token[t], :] += alpha * dx[:, t], in token order. */
+/* dtable[token[t], :] += alpha * dx[:, t], in token order; change: by how much its sum of squares grows. */
 anert_status anert_embed_backward(anert_pool *pool, float alpha, const uint16_t *dx, int64_t dx_stride,
                                   const int32_t *tokens, int64_t n, int64_t vocab, int64_t dim, float *dtable,
-                                  anert_error *err);
+                                  double *change, anert_error *err);
 typedef struct {
     int64_t vocab, dim, n;     /* n positions */
     float norm_eps;            /* RMSNorm: x * rsqrt(mean(x^2) + eps) * gain */
@@ -301,14 +301,15 @@ typedef struct {
     int32_t n_bases;
 } anert_link;
 anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_pool *pool, void *arena, anert_error *err);
-/* Columns [0, count) of src (rows, ..) fp16 become columns [at, at + count) of dst, for each of n: new keys and values
- * into their cache. Strides are in elements; dst has `cols` columns. */
+/* Columns [from, from + count) of src (rows, src_cols) fp16 become columns [to, to + count) of dst (rows, dst_cols), for each of
+ * n: new keys and values into their cache, rotations out of their table. Strides of rows are in elements. */
 typedef struct {
     const uint16_t *src;
     uint16_t *dst;
-    int64_t rows, cols, src_stride, dst_stride;
+    int64_t rows, src_cols, dst_cols, src_stride, dst_stride;
 } anert_columns;
-anert_status anert_columns_put(const anert_columns *columns, int32_t n, int64_t at, int64_t count, anert_error *err);
+anert_status anert_columns_move(const anert_columns *columns, int32_t n, int64_t from, int64_t to, int64_t count,
+                                anert_error *err);
 /* How many values counter i saw overflow fp16 since the plan was made; reset sets it to 0. */
 uint64_t anert_plan_counter(anert_plan *plan, int32_t i, int32_t reset);
 #endif

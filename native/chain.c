@@ -12,16 +12,25 @@ anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_poo
     return status;
 }
 
-anert_status anert_columns_put(const anert_columns *columns, int32_t n, int64_t at, int64_t count, anert_error *err) {
-    if (n < 0 || (n > 0 && columns == NULL) || at < 0 || count < 0)
-        return anert_fail(err, ANERT_EINVAL, "columns: %d of them, %lld at %lld", n, (long long)count, (long long)at);
-    for (int32_t i = 0; i < n; i++) {
-        const anert_columns *c = &columns[i];
-        if (count > c->cols - at || count > c->src_stride)
-            return anert_fail(err, ANERT_EINVAL, "columns: %lld at %lld do not fit a cache of %lld", (long long)count,
-                              (long long)at, (long long)c->cols);
+static void move(const anert_columns *c, const uint16_t *src, uint16_t *dst, int64_t count) {
+    if (count == 1) /* of each row another line: no call for 2 bytes */
         for (int64_t r = 0; r < c->rows; r++)
-            memcpy(c->dst + r * c->dst_stride + at, c->src + r * c->src_stride, (size_t)count * sizeof *c->dst);
-    }
+            dst[r * c->dst_stride] = src[r * c->src_stride];
+    else
+        for (int64_t r = 0; r < c->rows; r++)
+            memcpy(dst + r * c->dst_stride, src + r * c->src_stride, (size_t)count * sizeof *dst);
+}
+
+anert_status anert_columns_move(const anert_columns *columns, int32_t n, int64_t from, int64_t to, int64_t count,
+                                anert_error *err) {
+    if (n < 0 || (n > 0 && columns == NULL) || from < 0 || to < 0 || count < 0)
+        return anert_fail(err, ANERT_EINVAL, "columns: %d of them, %lld from %lld to %lld", n, (long long)count,
+                          (long long)from, (long long)to);
+    for (int32_t i = 0; i < n; i++)
+        if (count > columns[i].src_cols - from || count > columns[i].dst_cols - to)
+            return anert_fail(err, ANERT_EINVAL, "columns: %lld from %lld of %lld do not fit at %lld of %lld", (long long)count,
+                              (long long)from, (long long)columns[i].src_cols, (long long)to, (long long)columns[i].dst_cols);
+    for (int32_t i = 0; i < n; i++)
+        move(&columns[i], columns[i].src + from, columns[i].dst + to, count);
     return ANERT_OK;
 }

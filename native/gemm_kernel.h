@@ -232,7 +232,7 @@ VEC_FN void tile(int64_t words, const float *a, const float *b, const gemm_out *
 
 enum {
     LANES = 2 * VL,
-    AHEAD = 4096 /* bytes: hardware prefetch stops at each page; weights that stream from memory come 1.3x as fast */
+    AHEAD = 8192 /* bytes: hardware prefetch stops at each page; weights that stream from memory come 1.3x as fast */
 };
 
 VEC_FN const float *column(const gemm_operand *x, int64_t k, float *copy) {
@@ -253,7 +253,7 @@ VEC_INLINE void dot_rows_by(int cols, const gemm_operand *w, int64_t rows, int64
             lanes[0][0][c] = lanes[0][1][c] = lanes[1][0][c] = lanes[1][1][c] = vf_zero();
         for (; i + LANES <= k; i += LANES)
             for (int j = 0; j < 2; j++) {
-                __builtin_prefetch((const char *)w->data + (size_t)(start[j] + i) * dtype_size(dtype) + AHEAD);
+                __builtin_prefetch((const char *)w->data + (size_t)(start[j] + i) * dtype_size(dtype) + AHEAD, 0, 2);
                 for (int h = 0; h < 2; h++) {
                     vf left = load_rounded(w->data, start[j] + i + h * VL, dtype, bf16);
                     for (int c = 0; c < cols; c++)
@@ -287,31 +287,56 @@ VEC_INLINE void dot_rows(const gemm_operand *w, int64_t cols, int64_t rows, int6
     }
 }
 
-/* Contiguous along the rows: BLOCK of them at once, their running sums side by side in L1. */
+enum { WIDE = 4 }; /* vectors of rows that add_columns takes at once */
+
+/* Rows from `start` on, in vectors of VL: what lane `lane` of LANES running sums holds of w x. rest: rows in the last vector. */
+VEC_INLINE void lane_sums(const gemm_operand *w, int64_t start, int64_t lane, int64_t k, const float *x, int vectors, int64_t rest,
+                          vf *out, int32_t dtype, bool bf16) {
+    for (int v = 0; v < vectors; v++)
+        out[v] = vf_zero();
+    for (int64_t i = lane; i < k; i += LANES) {
+        int64_t at = i * w->k_stride + start;
+        vf right = vf_set1(x[i]);
+        for (int v = 0; v < vectors; v++) {
+            bool whole = v + 1 < vectors || rest == VL;
+            vf left = whole ? load_rounded(w->data, at + v * VL, dtype, bf16) : vf_load_part(w->data, at + v * VL, dtype, rest);
+            out[v] = vf_fma(!whole && bf16 ? vf_round_bf16(left) : left, right, out[v]);
+        }
+    }
+}
+
+/* The lanes of dot_rows, each a vector of rows, and their sum by the same halves: lane l joins l + 16, these join l + 8, ... A
+ * lane's sum is held until its other half is there. */
+VEC_INLINE void add_lanes(const gemm_operand *w, int64_t start, int64_t k, const float *x, int vectors, int64_t rest, float *sums,
+                          int32_t dtype, bool bf16) {
+    vf held[8][WIDE], sum[WIDE];
+    int depth = 0;
+    for (int turn = 0; turn < LANES; turn++) {
+        int lane = 0;
+        for (int half = LANES / 2, bit = 1; half > 0; half /= 2, bit *= 2)
+            lane += turn & bit ? half : 0;
+        lane_sums(w, start, lane, k, x, vectors, rest, sum, dtype, bf16);
+        for (int bits = turn; bits & 1; bits /= 2) {
+            depth--;
+            for (int v = 0; v < vectors; v++)
+                sum[v] = vf_add(held[depth][v], sum[v]);
+        }
+        for (int v = 0; v < vectors; v++)
+            held[depth][v] = sum[v];
+        depth++;
+    }
+    for (int v = 0; v < vectors; v++)
+        vf_store(sums + v * VL, held[0][v]);
+}
+
+/* Contiguous along the rows. `sums` has room for whole vectors. */
 VEC_INLINE void add_columns(const gemm_operand *w, int64_t rows, int64_t k, const float *x, float *sums, int32_t dtype,
                             bool bf16) {
-    enum { BLOCK = 16 * VL };
-    float lanes[LANES][BLOCK];
-    for (int64_t base = 0; base < rows; base += BLOCK) {
-        int64_t n = MIN(rows - base, BLOCK);
-        memset(lanes, 0, sizeof lanes);
-        for (int64_t i = 0; i < k; i++) {
-            float *lane = lanes[i % LANES];
-            vf right = vf_set1(x[i]);
-            int64_t start = i * w->k_stride + base, r = 0;
-            for (; r + VL <= n; r += VL)
-                vf_store(lane + r, vf_fma(load_rounded(w->data, start + r, dtype, bf16), right, vf_load(lane + r)));
-            if (r < n) {
-                vf left = vf_load_part(w->data, start + r, dtype, n - r);
-                vf_store(lane + r, vf_fma(bf16 ? vf_round_bf16(left) : left, right, vf_load(lane + r)));
-            }
-        }
-        for (int h = LANES / 2; h > 0; h /= 2)
-            for (int l = 0; l < h; l++)
-                for (int64_t r = 0; r < n; r += VL)
-                    vf_store(lanes[l] + r, vf_add(vf_load(lanes[l] + r), vf_load(lanes[l + h] + r)));
-        memcpy(sums + base, lanes[0], (size_t)n * sizeof *sums);
-    }
+    int64_t r = 0;
+    for (; r + WIDE * VL <= rows; r += WIDE * VL)
+        add_lanes(w, r, k, x, WIDE, VL, sums + r, dtype, bf16);
+    for (; r < rows; r += VL)
+        add_lanes(w, r, k, x, 1, MIN(rows - r, VL), sums + r, dtype, bf16);
 }
 
 VEC_FN void dot_strided(const gemm_operand *w, int64_t rows, int64_t k, const float *x, float *sums) {
@@ -330,6 +355,15 @@ VEC_FN void dot_strided(const gemm_operand *w, int64_t rows, int64_t k, const fl
     }
 }
 
+/* One vector of a row of C, `out` at its first element. */
+VEC_INLINE void store_part(vf sum, const gemm_out *out) {
+    switch (out->dtype) {
+    case ANERT_F32: store_vector(sum, out, 0, 0, ANERT_F32, false, sum); return;
+    case ANERT_F16: store_vector(sum, out, 0, 0, ANERT_F16, false, sum); return;
+    default: store_vector(sum, out, 0, 0, ANERT_BF16, false, sum);
+    }
+}
+
 VEC_INLINE void store_column(int64_t rows, float *sums, const gemm_out *out, int64_t col) {
     gemm_out part = *out;
     part.rows = 1;
@@ -337,7 +371,10 @@ VEC_INLINE void store_column(int64_t rows, float *sums, const gemm_out *out, int
     for (int64_t r = 0; r < rows; r += VL) {
         part.cols = MIN(rows - r, VL);
         part.c = (char *)out->c + (size_t)(r * out->row_stride + col * out->col_stride) * dtype_size(out->dtype);
-        store_edge(sums + r, &part);
+        if (part.cols == VL && part.col_stride == 1)
+            store_part(vf_load(sums + r), &part);
+        else
+            store_edge(sums + r, &part);
     }
 }
 

@@ -7,6 +7,7 @@
  * fork: a child has the pool but not its threads. It computes on its calling thread alone, with the same bits. */
 #include <pthread.h>
 #include <stdlib.h>
+#include <time.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -18,7 +19,7 @@
 #include <dispatch/dispatch.h>
 #endif
 
-enum { SPIN = 2000, MAX_THREADS = 1024, SLOTS = 8 };
+enum { SPIN_US = 200, MAX_THREADS = 1024, SLOTS = 8 }; /* SPIN_US: a sleep and its end take a tenth of that, a pause 1 to 50 ns */
 #define HUGE_PAGE ((size_t)2 << 20)
 #define CLOSED UINT32_MAX /* as an index: nothing to claim */
 
@@ -55,6 +56,17 @@ static void relax(void) {
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
+}
+
+/* One turn of a spin; false once SPIN_US have passed since *start, which is 0 at the first turn. */
+static bool spin(int64_t *start) {
+    struct timespec t;
+    for (int i = 0; i < 16; i++)
+        relax();
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    int64_t us = (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
+    *start = *start != 0 ? *start : us;
+    return us - *start < SPIN_US;
 }
 
 /* How often this process is a fork of one that had a pool: asked at each loop, so no system call. */
@@ -116,8 +128,8 @@ static void *worker_main(void *start) {
     int32_t thread = ((worker_start *)start)->thread;
     free(start);
     while (!atomic_load(&pool->stop)) {
-        for (int i = 0; i < SPIN && !has_work(pool); i++)
-            relax();
+        for (int64_t start = 0; !has_work(pool) && spin(&start);)
+            ;
         if (!has_work(pool)) {
             pthread_mutex_lock(&pool->mutex);
             atomic_fetch_add(&pool->sleepers, 1);
@@ -164,8 +176,8 @@ static void run_job(anert_pool *pool) {
         pthread_mutex_unlock(&pool->mutex);
     }
     take_indices(pool, 0);
-    for (int i = 0; i < SPIN && atomic_load(&pool->remaining) != 0; i++)
-        relax();
+    for (int64_t start = 0; atomic_load(&pool->remaining) != 0 && spin(&start);)
+        ;
     if (atomic_load(&pool->remaining) == 0)
         return;
     pthread_mutex_lock(&pool->mutex);

@@ -150,6 +150,7 @@ static block_fn *block_for(int32_t isa) {
 
 typedef struct {
     block_fn *block;
+    const anert_fp16_kernels *fp16;
     const uint8_t *a;
     int64_t m, k, blocks, grain;
     column x;
@@ -157,15 +158,25 @@ typedef struct {
     anert_matrix c;
 } column_job;
 
-static void put(const anert_matrix *c, int64_t row, float beta, float value) {
-    int64_t at = row * c->row_stride;
+/* c = beta c + sums for `rows` rows from `row` on */
+static void put(const column_job *j, int64_t row, const float *sums, int64_t rows) {
+    const anert_matrix *c = &j->c;
+    int64_t at = row * c->row_stride, step = c->row_stride;
     if (c->dtype == ANERT_F32) {
         float *y = (float *)c->data + at;
-        *y = beta != 0.0f ? *y + value : value;
-    } else {
-        uint16_t *y = (uint16_t *)c->data + at;
-        *y = anert_half(beta != 0.0f ? anert_float(*y) + value : value);
+        if (rows == ROWS && step == 1 && j->beta == 0.0f)
+            memcpy(y, sums, ROWS * sizeof *y);
+        else
+            for (int64_t r = 0; r < rows; r++)
+                y[r * step] = j->beta != 0.0f ? y[r * step] + sums[r] : sums[r];
+        return;
     }
+    uint16_t *y = (uint16_t *)c->data + at;
+    if (rows == ROWS && step == 1 && j->beta == 0.0f)
+        j->fp16->f32_to_f16(sums, y, ROWS);
+    else
+        for (int64_t r = 0; r < rows; r++)
+            y[r * step] = anert_half(j->beta != 0.0f ? anert_float(y[r * step]) + sums[r] : sums[r]);
 }
 
 static void column_body(void *arg, int64_t index, int32_t thread) {
@@ -174,8 +185,9 @@ static void column_body(void *arg, int64_t index, int32_t thread) {
     for (int64_t b = index * j->grain; b < MIN((index + 1) * j->grain, j->blocks); b++) {
         float sums[ROWS];
         j->block(j->a + b * block_bytes(j->k), j->k / GROUP, &j->x, sums);
-        for (int64_t r = 0; r < MIN(j->m - b * ROWS, (int64_t)ROWS); r++)
-            put(&j->c, b * ROWS + r, j->beta, j->alpha * sums[r]);
+        for (int r = 0; r < ROWS; r++)
+            sums[r] *= j->alpha;
+        put(j, b * ROWS, sums, MIN(j->m - b * ROWS, (int64_t)ROWS));
     }
 }
 
@@ -216,7 +228,7 @@ static anert_status one(anert_pool *pool, int64_t m, int64_t k, float alpha, con
     char *scratch = anert_pool_scratch(pool, 0, SCRATCH, (size_t)(ROUND_UP(k, 64) + groups * 8));
     if (scratch == NULL)
         return anert_fail(err, ANERT_ENOMEM, "int8: no memory for a column of %lld", (long long)k);
-    column_job j = {.block = block_for(anert_pool_isa(pool)), .a = a, .m = m, .k = k, .blocks = blocks_of(m), .alpha = alpha,
+    column_job j = {.block = block_for(anert_pool_isa(pool)), .fp16 = anert_fp16_kernels_for(anert_pool_isa(pool)), .a = a, .m = m, .k = k, .blocks = blocks_of(m), .alpha = alpha,
                     .beta = beta, .c = c};
     j.x = (column){(int8_t *)scratch, (float *)(scratch + ROUND_UP(k, 64)), (int32_t *)(scratch + ROUND_UP(k, 64) + groups * 4)};
     quantise(&b, k, j.x);

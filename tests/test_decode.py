@@ -14,8 +14,9 @@ from anert.backend.cpu import CpuBackend
 from anert.backend.reference import ReferenceBackend
 from anert.blocks import build_cached_blocks, columnwise, mixing_block
 from anert.capabilities import ANE
-from anert.decode import WIDTHS, Session, Windowed, open_session, widths_for
+from anert.decode import WIDTHS, Moves, Session, Windowed, open_session, widths_for
 from anert.errors import CompileError, InputError, StateError, UnsupportedError
+from anert.ffi import ffi
 from anert.kernel import Slot
 from anert.mil import ops
 from anert.mil.lint import lint
@@ -173,6 +174,25 @@ def test_bad_calls(both):
     with pytest.raises(StateError, match="cannot go back to position 5: the cache holds 0"):
         session.rewind(5)
     assert close(session.extend(tokens[:2]), both[1][1]), "a refused call leaves the cache as it was"
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(1, 5), cols=st.integers(1, 9), other=st.integers(1, 9), data=st.data())
+def test_columns_move_to_where_they_are_told(rows, cols, other, data):
+    source = np.arange(rows * cols, dtype=np.float16).reshape(rows, cols)
+    target = np.full((rows, other + 2), -1, np.float16)  # two columns beside it
+    at = lambda a, width: (ffi.cast("uint16_t *", a.ctypes.data), rows, width, a.shape[1])  # noqa: E731
+    moves = Moves([(at(source, cols), at(target, other))], (source, target))
+    count = data.draw(st.integers(0, min(cols, other)))
+    a, b = data.draw(st.integers(0, cols - count)), data.draw(st.integers(0, other - count))
+    moves.run(a, b, count)
+    want = np.full_like(target, -1)
+    want[:, b : b + count] = source[:, a : a + count]
+    assert np.array_equal(target, want)
+    for bad in ((cols - count + 1, b), (a, other - count + 1), (-1, b)):
+        with pytest.raises(InputError, match="columns"):
+            moves.run(*bad, count)
+    assert np.array_equal(target, want)
 
 
 @pytest.mark.parametrize("preset", ["260k", "15m", "110m", "tiny"])

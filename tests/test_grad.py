@@ -6,12 +6,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from anert import nn
-from anert.errors import UnsupportedError
+from anert.backend.reference import evaluate
+from anert.errors import ShapeError, UnsupportedError
 from anert.mil import ops
 from anert.mil.grad import Gradient, differentiate
 from anert.mil.graph import Function
+from anert.mil.passes import clone
 
 
 def cfg(**over):
@@ -64,8 +68,6 @@ def random_inputs(fn, seed=0):
 
 def run(gradient: Gradient, inputs, dout):
     """Parameter gradients, dx and y by the reference, recipes in float64."""
-    from anert.backend.reference import evaluate
-
     have = {k: np.asarray(v, np.float64) for k, v in inputs.items()}
     have |= evaluate(gradient.forward, {v.name: have[v.name] for v in gradient.forward.inputs}, precision="float64")
     have["cot_y"] = dout
@@ -199,3 +201,146 @@ def test_no_path_and_no_rule_are_said():
     with pytest.raises(UnsupportedError, match="'x'"):
         differentiate(fn.returns(z), ["x"], ["w"])
     assert x.name == "x"
+
+
+def norm(kind, channels, positions):
+    """nn.rmsnorm or nn.layernorm as a Function of x, gain (and bias)."""
+    fn = Function(kind)
+    x, gain = fn.input("x", (channels, positions)), fn.input("gain", (channels, 1))
+    y = nn.rmsnorm(x, gain) if kind == "rmsnorm" else nn.layernorm(x, gain, fn.input("bias", (channels, 1)))
+    fn.claim("y", y)
+    return fn.returns(y)
+
+
+def norm_inputs(fn, rms, seed):
+    """x of this root mean square, gain about 1, and dy of 1, in fp16."""
+    rng = np.random.default_rng(seed)
+    drawn = {v.name: rng.standard_normal(v.shape) for v in fn.inputs}
+    drawn["x"] *= rms
+    drawn["gain"] = 1 + 0.2 * drawn["gain"]
+    return {n: a.astype(np.float16) for n, a in drawn.items()}, rng.standard_normal(fn.outputs[0].shape)
+
+
+def torch_norm(kind, inputs, dy):
+    """Gradients by name, by autograd in float64."""
+    torch = pytest.importorskip("torch")
+    t = {k: torch.tensor(np.asarray(v, np.float64), requires_grad=True) for k, v in inputs.items()}
+    eps, x = float(np.float16(1e-5)), t["x"].T
+    if kind == "rmsnorm":
+        y = torch.nn.functional.rms_norm(x, x.shape[1:], t["gain"][:, 0], eps)
+    else:
+        y = torch.nn.functional.layer_norm(x, x.shape[1:], t["gain"][:, 0], t["bias"][:, 0], eps)
+    y.T.backward(torch.tensor(np.asarray(dy, np.float64)))
+    return {k: z.grad.numpy() for k, z in t.items()}
+
+
+def derived(fn):
+    return differentiate(fn, ["x"], [v.name for v in fn.inputs[1:]])
+
+
+NORMS = pytest.mark.parametrize("kind", ["rmsnorm", "layernorm"])
+QUIETLY = dict(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+@NORMS
+def test_the_rule_of_a_norm_equals_autograd_and_that_of_its_ops(kind):
+    @settings(max_examples=40, **QUIETLY)
+    @given(st.integers(1, 40), st.integers(1, 5), st.integers(-8, 8), st.integers(0, 1 << 20))
+    def check(channels, positions, exponent, seed):
+        fn = norm(kind, channels, positions)
+        inputs, dy = norm_inputs(fn, 2.0**exponent, seed)
+        want = torch_norm(kind, inputs, dy)
+        unit = 1 / np.sqrt(np.square(inputs["x"].astype(np.float64)).mean(0).min() + 1e-5)
+        for of in (fn, clone(fn)[0]):
+            _, dx, grads = run(derived(of), inputs, dy)
+            np.testing.assert_allclose(dx, want["x"], rtol=1e-9, atol=1e-8 * unit)
+            for name, g in grads.items():
+                np.testing.assert_allclose(g, want[name], rtol=1e-9, atol=1e-8, err_msg=name)
+
+    check()
+
+
+def half_backward(gradient, inputs, dy):
+    """cot_x where every op rounds to fp16, and the elements of every op that became infinite."""
+    lost: dict[str, int] = {}
+    have = {**inputs, "cot_y": dy}
+    have |= evaluate(gradient.forward, {v.name: have[v.name] for v in gradient.forward.inputs}, "fp16")
+    found = evaluate(gradient.backward, {v.name: have[v.name] for v in gradient.backward.inputs}, "fp16", None, lost)
+    return found["cot_x"].astype(np.float64), lost
+
+
+@NORMS
+def test_the_rule_of_a_norm_holds_where_every_op_rounds_to_fp16(kind):
+    """At a loss scale that takes dx to a quarter of what fp16 holds, whatever the size of x."""
+    op_by_op = []
+
+    @settings(max_examples=25, **QUIETLY)
+    @given(st.sampled_from((64, 288, 768)), st.floats(-5.6, 4), st.integers(0, 1 << 20))
+    def check(channels, exponent, seed):
+        fn = norm(kind, channels, 8)
+        inputs, dy = norm_inputs(fn, 2.0**exponent, seed)
+        scale = 2.0**14 / np.abs(torch_norm(kind, inputs, dy)["x"]).max()
+        dy = (dy * min(scale, 1000.0)).astype(np.float16)
+        want = torch_norm(kind, inputs, dy)["x"]
+        dx, lost = half_backward(derived(fn), inputs, dy)
+        assert not lost
+        assert np.abs(dx - want).max() <= 8 * 2.0**-11 * np.abs(want).max()
+        if exponent < -3:
+            op_by_op.append(half_backward(derived(clone(fn)[0]), inputs, dy)[1])
+
+    check()
+    assert op_by_op and all(op_by_op), "the rules of the ops overflow here"
+
+
+def test_a_norm_costs_seven_ops_in_the_backward():
+    """dx; before it the forward's x / 16, r and n again, and the gain."""
+    kinds = [op.kind for op in derived(norm("rmsnorm", 768, 8)).backward.ops if op.kind != "const"]
+    again = ["mul", "mul", "reduce_sum", "real_div", "add", "pow", "mul"]
+    assert kinds == [*again, "mul", "mul", "mul", "reduce_sum", "real_div", "mul", "mul", "sub"]
+
+
+def test_a_norm_of_a_parameter():
+    fn = Function("weight_norm")
+    x, w, gain = fn.input("x", (6, 4)), fn.input("w", (6, 4)), fn.input("gain", (6, 1))
+    fn.claim("y", nn.rmsnorm(w, gain) * x)
+    gradient = differentiate(fn.returns(fn.ops[-1].out), ["x"], ["w", "gain"])
+    inputs = random_inputs(fn)
+    dy = np.random.default_rng(5).standard_normal((6, 4))
+    _, _, grads = run(gradient, inputs, dy)
+    want = torch_norm("rmsnorm", {"x": inputs["w"], "gain": inputs["gain"]}, dy * inputs["x"])
+    assert {(r.param, r.kind) for r in gradient.recipes} == {("w", "add"), ("gain", "rowsum")}
+    np.testing.assert_allclose(grads["w"], want["x"], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(grads["gain"], want["gain"], rtol=1e-9, atol=1e-9)
+
+
+def test_custom_vjp_takes_the_place_of_the_ops():
+    """A rule that hands on three times the gradient, so that it cannot be taken for that of the ops."""
+    fn = Function("thrice")
+    x = fn.input("x", (2, 3))
+    e = ops.exp(x)
+    out = fn.custom_vjp(ops.tanh(e), [x, e], lambda out, dout, values: (dout * 3.0, None))
+    fn.claim("y", out + x)
+    gradient = differentiate(fn.returns(fn.ops[-1].out), ["x"], [])
+    _, dx, _ = run(gradient, random_inputs(fn), np.ones((2, 3)))
+    np.testing.assert_array_equal(dx, np.full((2, 3), 4.0))
+    assert clone(fn)[0] == fn, "no part of equality"
+
+
+def test_custom_vjp_refuses_what_it_cannot_mean():
+    fn, other = Function("one"), Function("two")
+    x, z = fn.input("x", (2, 3)), other.input("x", (2, 3))
+    y = ops.tanh(x)
+    halves = ops.split(x, num_splits=2, axis=0)
+    with pytest.raises(ShapeError, match="'x' is not the only output of an op"):
+        fn.custom_vjp(x, [x], lambda out, dout, values: (dout,))
+    with pytest.raises(ShapeError, match="not the only output of an op"):
+        fn.custom_vjp(halves[0], [x], lambda out, dout, values: (dout,))
+    with pytest.raises(ShapeError, match="of function 'one'"):
+        fn.custom_vjp(ops.tanh(z), [z], lambda out, dout, values: (dout,))
+    for late in (z, y, halves[0]):
+        with pytest.raises(ShapeError, match="is not there before it"):
+            fn.custom_vjp(y, [x, late], lambda out, dout, values: (dout, None))
+    fn.custom_vjp(y, [x], lambda out, dout, values: (ops.reduce_sum(dout, keep_dims=True),))
+    fn.claim("y", y)
+    with pytest.raises(ShapeError, match=r"'x' is fp16\[2, 3\], its gradient fp16\[1, 1\]"):
+        differentiate(fn.returns(y), ["x"], [])

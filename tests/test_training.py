@@ -90,7 +90,7 @@ def compare(folder: Path, shared: Path, steps: int, log: Any = None) -> dict[str
         if log:
             log(f"{precision}: {summary}")
         assert summary["steps"] == steps and summary["compiles"] == summary["kernels"]
-        assert summary["skipped_steps"] <= steps // 20, "each is a trial of a larger loss scale"
+        assert summary["skipped_steps"] == 0, "no gradient comes near the end of fp16 at the loss scale of 1,024"
     found["pytorch"] = trained_by_pytorch(trainer, start, log)
     found["unigram"] = trainer.data.dataset.unigram_entropy()
     return found

@@ -108,7 +108,7 @@ def train_on(options: BenchOptions) -> tuple[Case, Bench]:
         norm, finite = optimizer.grad_norm()
         if not finite:
             raise AnertError("bench train: a gradient is not finite")
-        optimizer.step(3e-4, min(1.0, 1.0 / (norm + 1e-6)))
+        optimizer.step(3e-5, min(1.0, 1.0 / (norm + 1e-6)))
 
     def verify() -> None:
         first, last = losses[0], losses[-1]

@@ -1,18 +1,18 @@
 """Reverse-mode differentiation of a Function: forward with taps, backward for activations, gradient recipes.
 
-`differentiate` clones the forward into one joint graph, appends the backward by each op's gradient rule, and cuts the
-joint graph in two: what the backward needs of the forward is either *saved* (an extra output of the forward, a tap) or
-*recomputed* (cloned into the backward). Gradients of parameters stay out of MIL wherever a native pass can form them
-from a tap and a cotangent: a Recipe. Names: `tap_<value>`, `cot_<value>`. (Griewank & Walther 2008, ch. 3 and 12; the
-cut follows the min-memory rule below.)
+`differentiate` clones the forward into one joint graph, appends the backward by each op's gradient rule (or by that of
+`Function.custom_vjp`), and cuts the joint graph in two: what the backward needs of the forward is either *saved* (an
+extra output of the forward, a tap) or *recomputed* (cloned into the backward). Gradients of parameters stay out of MIL
+wherever a native pass can form them from a tap and a cotangent: a Recipe. Names: `tap_<value>`, `cot_<value>`.
+(Griewank & Walther 2008, ch. 3 and 12; the cut follows the min-memory rule below.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from anert.errors import UnsupportedError
+from anert.errors import ShapeError, UnsupportedError
 from anert.mil import ops
 from anert.mil.graph import Function, Op, Value, copy_op
 from anert.mil.ops.table import lookup
@@ -61,6 +61,10 @@ class _Joint:
         for op in function.ops:
             copy_op(op, self.fn, self.mapping)
         self.forward_ops = list(self.fn.ops)
+        self.vjps = {
+            self.mapping[out]: (tuple(self.mapping[v] for v in values), slope)
+            for out, (values, slope) in function.vjps.items()
+        }
         self.params = {v for v in self.fn.inputs if v.name in set(params)}
         self.cot: dict[Value, Value] = {}
         self.recipes: list[tuple[Value, str, Value, Value | None, bool]] = []
@@ -104,33 +108,39 @@ class _Joint:
                     done.add(name)
         return done
 
+    def gradients(
+        self, op: Op, douts: tuple[Value | None, ...], active: set[Value]
+    ) -> Iterator[tuple[Value, Value | None]]:
+        """Form the recipes of `op`; yields each other value that it has a gradient for, with that gradient."""
+        if op.out in self.vjps and douts[0] is not None:
+            values, slope = self.vjps[op.out]
+            for v, dv in zip(values, slope(op.out, douts[0], values), strict=True):
+                if dv is not None and dv.type != v.type:
+                    raise ShapeError(f"custom_vjp of {op.out.name!r}: {v.name!r} is {v.type}, its gradient {dv.type}")
+                yield v, dv
+            return
+        done = self.recipe(op, douts[0]) if len(douts) == 1 and douts[0] is not None else set()
+        left = {k: x if isinstance(x, tuple) else (x,) for k, x in op.inputs.items() if k not in done}
+        if not any(v in active for x in left.values() for v in x):
+            return
+        rule = lookup(op.kind).grad
+        if rule is None:
+            raise UnsupportedError(
+                f"{op.kind} ({op.out.name}) has no gradient rule and stands between the loss and an input"
+            )
+        for name, g in rule(op, douts).items():
+            if name in left and g is not None:
+                yield from zip(left[name], g if isinstance(g, tuple) else (g,), strict=True)
+
     def reverse(self, active: set[Value]) -> None:
         """Walk the forward backwards; `active` are the values through which a gradient is wanted."""
         for op in reversed(self.forward_ops):
             douts = tuple(self.cot.get(v) for v in op.outputs)
             if all(d is None for d in douts) or not any(v in active for v in op.operands()):
                 continue
-            done = self.recipe(op, douts[0]) if len(douts) == 1 and douts[0] is not None else set()
-            if all(
-                v not in active
-                for k, x in op.inputs.items()
-                if k not in done
-                for v in (x if isinstance(x, tuple) else (x,))
-            ):
-                continue
-            rule = lookup(op.kind).grad
-            if rule is None:
-                raise UnsupportedError(
-                    f"{op.kind} ({op.out.name}) has no gradient rule and stands between the loss and an input"
-                )
-            for name, g in rule(op, douts).items():
-                operand = op.inputs.get(name)
-                if name in done or g is None or operand is None:
-                    continue
-                pairs = zip(operand, g, strict=True) if isinstance(operand, tuple) else ((operand, g),)
-                for v, dv in pairs:
-                    if dv is not None and v in active:
-                        self.accumulate(v, dv)
+            for v, dv in self.gradients(op, douts, active):
+                if dv is not None and v in active:
+                    self.accumulate(v, dv)
         for v in self.params:
             if v in self.cot:
                 self.recipes.append((v, "add", self.cot[v], None, False))

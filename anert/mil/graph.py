@@ -7,7 +7,7 @@ Two Functions are equal when names, types, ops, attributes and order are equal: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +150,10 @@ class Op:
         return f"<Op {self.kind} -> {', '.join(o.name for o in self.outputs)}>"
 
 
+Slope = Callable[[Value, Value, tuple[Value, ...]], Sequence[Value | None]]
+"""(out, dout, values) -> the gradient of each of `values`, of its type, by ops in their function; None: it has none."""
+
+
 class Function:
     """A MIL function under construction or finished: `inputs`, `ops` in order, `outputs`, all values named uniquely.
 
@@ -161,6 +165,7 @@ class Function:
         self.inputs: list[Value] = []
         self.ops: list[Op] = []
         self.outputs: list[Value] = []
+        self.vjps: dict[Value, tuple[tuple[Value, ...], Slope]] = {}
         self._names: set[str] = set()
         self._count = 0
 
@@ -212,6 +217,23 @@ class Function:
                 raise ShapeError(f"output {v.name!r} belongs to another function")
         self.outputs = list(values)
         return self
+
+    def custom_vjp(self, out: Value, values: Sequence[Value], slope: Slope) -> Value:
+        """Give `out` a gradient rule of its own, for the whole way on which `values` become it: `slope` in place of the
+        rules of the ops on that way, where it takes fewer ops or keeps them smaller. Returns `out`.
+
+        `differentiate` reads it. It is no part of equality or of MIL text, and the copy that a pass makes is
+        differentiated op by op again. Raises ShapeError unless `out` is the only output of an op of this function and
+        `values` are there before it.
+        """
+        if out.op is None or out.function is not self or len(out.op.outputs) != 1:
+            raise ShapeError(f"custom_vjp: {out.name!r} is not the only output of an op of function {self.name!r}")
+        before = {*self.inputs, *(v for op in self.ops[: self.ops.index(out.op)] for v in op.outputs)}
+        for v in values:
+            if v not in before:
+                raise ShapeError(f"custom_vjp of {out.name!r}: {v.name!r} is not there before it")
+        self.vjps[out] = tuple(values), slope
+        return out
 
     def rename(self, value: Value, name: str) -> None:
         """Give a value another name; ShapeError if some other value has it."""
