@@ -41,7 +41,7 @@ class Head:
         self._targets = np.full(n, -1, np.int32)
         a.targets = ffi.ffi.cast("int32_t *", self._targets.ctypes.data)
         self._loss, self._count = ffi.ffi.new("double *"), ffi.ffi.new("int64_t *")
-        self._err = ffi.error()
+        self._change, self._err = ffi.ffi.new("double *"), ffi.error()
 
     @staticmethod
     def _fp16(p: Param) -> Any:
@@ -63,12 +63,13 @@ class Head:
         x.surface.touch()
 
     def embed_backward(self, tokens: np.ndarray, dx: Location, alpha: float) -> None:
-        """Embedding gradient += alpha * dx, scattered by token."""
+        """Embedding gradient += alpha * dx, scattered by token; its sum of squares, where that is known, follows."""
         grad = self.embedding.grad
         assert grad is not None
         call(ffi.lib.anert_embed_backward, self.pool.ptr, alpha, dx.pointer, dx.slot.row_stride,
              ffi.ffi.cast("int32_t *", tokens.ctypes.data), self.n, self.embedding.rows, self.embedding.cols,
-             ffi.ffi.cast("float *", grad.ctypes.data))  # fmt: skip
+             ffi.ffi.cast("float *", grad.ctypes.data), self._change, err=self._err)  # fmt: skip
+        self.embedding.squares += self._change[0]
 
     def loss(self, x: Location, targets: np.ndarray) -> tuple[float, int]:
         """Mean cross-entropy in nats over targets >= 0, and their number."""
@@ -80,8 +81,7 @@ class Head:
         classifier's is set, whatever it held."""
         self.args.table_beta = 0.0 if fresh else 1.0
         result = self._run(x, targets, dx, scale)
-        if self.output is not self.embedding:
-            self.output.squares = self.args.table_squares
+        self.output.squares = self.args.table_squares
         return result
 
     def _run(self, x: Location, targets: np.ndarray, dx: Location | None, scale: float) -> tuple[float, int]:

@@ -155,10 +155,10 @@ anert_status anert_accumulate(anert_pool *pool, float alpha, const uint16_t *cot
 /* x[:, t] = table[token[t], :]; table (vocab, dim) fp16. EINVAL names the first id that is out of range. */
 anert_status anert_embed(anert_pool *pool, const uint16_t *table, int64_t vocab, int64_t dim, const int32_t *tokens,
                          int64_t n, uint16_t *x, int64_t x_stride, anert_error *err);
-/* dtable[token[t], :] += alpha * dx[:, t], in token order. */
+/* dtable[token[t], :] += alpha * dx[:, t], in token order; change: by how much its sum of squares grows. */
 anert_status anert_embed_backward(anert_pool *pool, float alpha, const uint16_t *dx, int64_t dx_stride,
                                   const int32_t *tokens, int64_t n, int64_t vocab, int64_t dim, float *dtable,
-                                  anert_error *err);
+                                  double *change, anert_error *err);
 typedef struct {
     int64_t vocab, dim, n;     /* n positions */
     float norm_eps;            /* RMSNorm: x * rsqrt(mean(x^2) + eps) * gain */

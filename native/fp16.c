@@ -1,7 +1,7 @@
 /* fp16.c: conversions between fp32 and fp16 over rows, matrices and transposed matrices, one owner per chunk or block. */
 #include "internal.h"
 
-enum { STREAMED = 1 << 20, CHUNK = 1 << 16, BLOCK = 64, TILE = 512, PITCH = TILE + 32, BAND = 4096, LINE = 64, CLAMP_ROW = 1024 };
+enum { STREAMED = 1 << 20, CHUNK = 1 << 16, BLOCK = 64, TILE = 512, PITCH = TILE + 32, BAND = 4096, LINE = 64 };
 
 void anert_fp16_down(const float *src, uint16_t *dst, size_t n) {
     for (size_t i = 0; i < n; i++)
@@ -31,13 +31,22 @@ void anert_fp16_turn_block(const uint16_t *src, size_t ss, uint16_t *dst, size_t
             dst[c * ds + r] = src[r * ss + c];
 }
 
-static size_t count_past(const float *src, size_t n) { return anert_count_past(src, n); }
+size_t anert_fp16_clamp(const float *src, uint16_t *dst, size_t n) {
+    size_t past = 0;
+    for (size_t i = 0; i < n; i++) {
+        float x = src[i] > 65504.0f ? 65504.0f : src[i] < -65504.0f ? -65504.0f : src[i];
+        past += x != src[i] && src[i] == src[i];
+        dst[i] = anert_half(x);
+    }
+    return past;
+}
 
 static void copy(const uint16_t *src, uint16_t *dst, size_t n) { memcpy(dst, src, n * sizeof *dst); }
 static void fence(void) {}
 
-static const anert_fp16_kernels scalar = {anert_fp16_down,     anert_fp16_up,         anert_fp16_down_block,
-                                          anert_fp16_up_block, anert_fp16_turn_block, count_past, copy, anert_fp16_down, anert_fp16_up, fence};
+static const anert_fp16_kernels scalar = {anert_fp16_down, anert_fp16_up, anert_fp16_down_block, anert_fp16_up_block,
+                                          anert_fp16_turn_block, anert_fp16_clamp, anert_fp16_clamp, copy, anert_fp16_down,
+                                          anert_fp16_up, fence};
 
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa) {
     switch (anert_isa_vectors(isa)) {
@@ -49,26 +58,6 @@ const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa) {
 #endif
     default: return &scalar;
     }
-}
-
-static void clamp_copy(const float *src, float *dst, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        dst[i] = src[i] > 65504.0f ? 65504.0f : src[i] < -65504.0f ? -65504.0f : src[i];
-}
-
-size_t anert_fp16_clamp_row(const anert_fp16_kernels *kernels, const float *src, uint16_t *dst, size_t n, bool stream) {
-    void (*down)(const float *, uint16_t *, size_t) = stream ? kernels->stream_down : kernels->f32_to_f16;
-    float clamped[CLAMP_ROW];
-    size_t total = 0;
-    for (size_t i = 0; i < n; i += CLAMP_ROW) {
-        size_t part = MIN(n - i, (size_t)CLAMP_ROW);
-        size_t past = kernels->count_past(src + i, part);
-        if (past > 0)
-            clamp_copy(src + i, clamped, part);
-        down(past > 0 ? clamped : src + i, dst + i, part);
-        total += past;
-    }
-    return total;
 }
 
 /* A conversion cut into pieces: rows of at most CHUNK elements, or BLOCK by BAND bands to transpose. */
@@ -94,7 +83,7 @@ static void convert_chunk(void *arg, int64_t index, int32_t thread) {
     else if (!job->clamp)
         (job->large ? kernels->stream_down : kernels->f32_to_f16)((const float *)job->src + from, (uint16_t *)job->dst + to, n);
     else
-        job->clamped += anert_fp16_clamp_row(kernels, (const float *)job->src + from, (uint16_t *)job->dst + to, n, job->large);
+        job->clamped += (job->large ? kernels->stream_clamp : kernels->clamp)((const float *)job->src + from, (uint16_t *)job->dst + to, n);
     kernels->fence();
 }
 
@@ -105,7 +94,7 @@ static size_t gather(const conversion *job, size_t from, size_t rows, size_t col
         if (!job->down)
             memcpy(halves, (const uint16_t *)job->src + from, cols * sizeof *halves);
         else if (job->clamp)
-            past += anert_fp16_clamp_row(job->kernels, (const float *)job->src + from, halves, cols, false);
+            past += job->kernels->clamp((const float *)job->src + from, halves, cols);
         else
             job->kernels->f32_to_f16((const float *)job->src + from, halves, cols);
     return past;

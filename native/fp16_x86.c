@@ -94,7 +94,32 @@ AVX2 static void turn_block_avx2(const uint16_t *src, size_t ss, uint16_t *dst, 
     anert_fp16_turn_block(src + c, ss, dst + c * ds, ds, rows, cols - c);
 }
 
-AVX2 static size_t count_avx2(const float *src, size_t n) { return anert_count_past(src, n); }
+/* What is past +-65504 becomes that, and is counted; min and max give their second operand where one is NaN. */
+AVX2 static inline __m256 within_avx2(__m256 x, size_t *past) {
+    __m256 y = _mm256_min_ps(_mm256_set1_ps(65504.0f), _mm256_max_ps(_mm256_set1_ps(-65504.0f), x));
+    *past += (size_t)__builtin_popcount((unsigned)_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_NEQ_OQ)));
+    return y;
+}
+
+AVX2 static size_t clamp_avx2(const float *src, uint16_t *dst, size_t n) {
+    size_t i = 0, past = 0;
+    for (; i + 8 <= n; i += 8) {
+        __builtin_prefetch(src + i + AHEAD);
+        __m256 x = within_avx2(_mm256_loadu_ps(src + i), &past);
+        _mm_storeu_si128((__m128i *)(dst + i), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    }
+    return past + anert_fp16_clamp(src + i, dst + i, n - i);
+}
+
+AVX2 static size_t stream_clamp_avx2(const float *src, uint16_t *dst, size_t n) {
+    size_t i = MIN(n, (size_t)(-(uintptr_t)dst & 15) / 2), past = anert_fp16_clamp(src, dst, i);
+    for (; i + 8 <= n; i += 8) {
+        __builtin_prefetch(src + i + AHEAD);
+        __m256 x = within_avx2(_mm256_loadu_ps(src + i), &past);
+        _mm_stream_si128((__m128i *)(dst + i), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    }
+    return past + anert_fp16_clamp(src + i, dst + i, n - i);
+}
 
 AVX2 static void stream_avx2(const uint16_t *src, uint16_t *dst, size_t n) {
     size_t i = 0;
@@ -125,8 +150,8 @@ AVX2 static void stream_up_avx2(const uint16_t *src, float *dst, size_t n) {
 
 static void fence(void) { _mm_sfence(); }
 
-const anert_fp16_kernels anert_fp16_avx2 = {down_avx2, up_avx2, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx2,
-                                            stream_avx2, stream_down_avx2, stream_up_avx2, fence};
+const anert_fp16_kernels anert_fp16_avx2 = {down_avx2, up_avx2, down_block_avx2, up_block_avx2, turn_block_avx2, clamp_avx2,
+                                            stream_clamp_avx2, stream_avx2, stream_down_avx2, stream_up_avx2, fence};
 
 AVX512 static void down_avx512(const float *src, uint16_t *dst, size_t n) {
     size_t i = 0;
@@ -142,7 +167,32 @@ AVX512 static void up_avx512(const uint16_t *src, float *dst, size_t n) {
     anert_fp16_up(src + i, dst + i, n - i);
 }
 
-AVX512 static size_t count_avx512(const float *src, size_t n) { return anert_count_past(src, n); }
+AVX512 static inline __m256i clamped_avx512(const float *src, size_t *past) {
+    __m512 x = _mm512_loadu_ps(src);
+    __m512 y = _mm512_min_ps(_mm512_set1_ps(65504.0f), _mm512_max_ps(_mm512_set1_ps(-65504.0f), x));
+    *past += (size_t)__builtin_popcount(_mm512_cmp_ps_mask(x, y, _CMP_NEQ_OQ));
+    return _mm512_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT);
+}
+
+AVX512 static size_t clamp_avx512(const float *src, uint16_t *dst, size_t n) {
+    size_t i = 0, past = 0;
+    for (; i + 16 <= n; i += 16) {
+        __builtin_prefetch(src + i + AHEAD);
+        _mm256_storeu_si256((__m256i *)(dst + i), clamped_avx512(src + i, &past));
+    }
+    return past + anert_fp16_clamp(src + i, dst + i, n - i);
+}
+
+AVX512 static size_t stream_clamp_avx512(const float *src, uint16_t *dst, size_t n) {
+    size_t i = MIN(n, (size_t)(-(uintptr_t)dst & 63) / 2), past = anert_fp16_clamp(src, dst, i);
+    for (; i + 32 <= n; i += 32) {
+        __builtin_prefetch(src + i + AHEAD);
+        __builtin_prefetch(src + i + AHEAD + 16);
+        __m256i low = clamped_avx512(src + i, &past), high = clamped_avx512(src + i + 16, &past);
+        _mm512_stream_si512((__m512i *)(dst + i), _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
+    }
+    return past + anert_fp16_clamp(src + i, dst + i, n - i);
+}
 
 /* Stores of whole lines, which leave the write buffers at once. */
 AVX512 static void stream_avx512(const uint16_t *src, uint16_t *dst, size_t n) {
@@ -178,6 +228,6 @@ AVX512 static void stream_up_avx512(const uint16_t *src, float *dst, size_t n) {
 }
 
 /* Transposes are bound by their loads and stores of 8 halves: the AVX2 ones serve. */
-const anert_fp16_kernels anert_fp16_avx512 = {down_avx512, up_avx512, down_block_avx2, up_block_avx2, turn_block_avx2, count_avx512,
-                                              stream_avx512, stream_down_avx512, stream_up_avx512, fence};
+const anert_fp16_kernels anert_fp16_avx512 = {down_avx512, up_avx512, down_block_avx2, up_block_avx2, turn_block_avx2, clamp_avx512,
+                                              stream_clamp_avx512, stream_avx512, stream_down_avx512, stream_up_avx512, fence};
 #endif

@@ -43,8 +43,9 @@ typedef struct {
     const uint16_t *table, *dx;
     uint16_t *x;
     const int32_t *tokens;
-    int64_t dim, n, stride;
+    int64_t dim, n, stride, channels; /* channels: of a block of the backward pass */
     float alpha, *dtable;
+    double *change; /* by block, of the sum of squares */
 } embed_job;
 
 static void embed_block(void *arg, int64_t index, int32_t thread) {
@@ -74,24 +75,36 @@ anert_status anert_embed(anert_pool *pool, const uint16_t *table, int64_t vocab,
 static void embed_back_block(void *arg, int64_t index, int32_t thread) {
     (void)thread;
     const embed_job *j = arg;
-    int64_t c0 = index * CHANNEL_BLOCK, c1 = MIN(j->dim, c0 + CHANNEL_BLOCK);
+    int64_t c0 = index * j->channels, c1 = MIN(j->dim, c0 + j->channels);
+    double change = 0.0;
     for (int64_t t = 0; t < j->n; t++) {
         float *row = j->dtable + (int64_t)j->tokens[t] * j->dim;
-        for (int64_t c = c0; c < c1; c++)
+        for (int64_t c = c0; c < c1; c++) {
+            float old = row[c];
             row[c] += j->alpha * anert_float(j->dx[c * j->stride + t]);
+            change += (double)row[c] * (double)row[c] - (double)old * (double)old;
+        }
     }
+    j->change[index] = change;
 }
 
 anert_status anert_embed_backward(anert_pool *pool, float alpha, const uint16_t *dx, int64_t dx_stride, const int32_t *tokens,
-                                  int64_t n, int64_t vocab, int64_t dim, float *dtable, anert_error *err) {
-    if (!pool || !dx || !tokens || !dtable || vocab < 1 || dim < 1 || n < 0 || dx_stride < n)
+                                  int64_t n, int64_t vocab, int64_t dim, float *dtable, double *change, anert_error *err) {
+    enum { MOST = 512 }; /* blocks */
+    double parts[MOST];
+    if (!pool || !dx || !tokens || !dtable || !change || vocab < 1 || dim < 1 || n < 0 || dx_stride < n)
         return anert_fail(err, ANERT_EINVAL, "embed backward: NULL, or sizes vocab %lld, dim %lld, n %lld, stride %lld",
                           (long long)vocab, (long long)dim, (long long)n, (long long)dx_stride);
     anert_status status = check_tokens(tokens, n, vocab, 0, "token id", err);
     if (status)
         return status;
-    embed_job job = {.dx = dx, .tokens = tokens, .dim = dim, .n = n, .stride = dx_stride, .alpha = alpha, .dtable = dtable};
-    anert_parallel_for(pool, (dim + CHANNEL_BLOCK - 1) / CHANNEL_BLOCK, embed_back_block, &job);
+    embed_job job = {.dx = dx, .tokens = tokens, .dim = dim, .n = n, .stride = dx_stride, .alpha = alpha, .dtable = dtable,
+                     .channels = ROUND_UP((dim + MOST - 1) / MOST, CHANNEL_BLOCK), .change = parts};
+    int64_t blocks = (dim + job.channels - 1) / job.channels;
+    anert_parallel_for(pool, blocks, embed_back_block, &job);
+    *change = 0.0;
+    for (int64_t i = 0; i < blocks; i++)
+        *change += parts[i];
     return ANERT_OK;
 }
 

@@ -56,7 +56,9 @@ typedef struct {
     void (*transpose_f32_to_f16)(const float *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
     void (*transpose_f16_to_f32)(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols);
     void (*transpose)(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
-    size_t (*count_past)(const float *src, size_t n); /* how many magnitudes exceed 65504; NaN does not */
+    /* f32_to_f16 and stream_down with everything past +-65504, inf too but not NaN, written as +-65504; returns how many. */
+    size_t (*clamp)(const float *src, uint16_t *dst, size_t n);
+    size_t (*stream_clamp)(const float *src, uint16_t *dst, size_t n);
     /* The same written past the caches: halves, halves narrowed, halves widened; fence makes them visible to others. */
     void (*stream)(const uint16_t *src, uint16_t *dst, size_t n);
     void (*stream_down)(const float *src, uint16_t *dst, size_t n);
@@ -64,34 +66,15 @@ typedef struct {
     void (*fence)(void);
 } anert_fp16_kernels;
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa); /* isa resolved, not AUTO */
-/* f32_to_f16 with everything past +-65504, inf too but not NaN, written as +-65504; returns how many those were. */
-size_t anert_fp16_clamp_row(const anert_fp16_kernels *kernels, const float *src, uint16_t *dst, size_t n, bool stream);
 /* fp16_x86.c, fp16_neon.c */
 extern const anert_fp16_kernels anert_fp16_avx2, anert_fp16_avx512, anert_fp16_neon;
 /* The scalar converters, for what is left over beside a vector loop. */
 void anert_fp16_down(const float *src, uint16_t *dst, size_t n);
 void anert_fp16_up(const uint16_t *src, float *dst, size_t n);
+size_t anert_fp16_clamp(const float *src, uint16_t *dst, size_t n);
 void anert_fp16_down_block(const float *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
 void anert_fp16_up_block(const uint16_t *src, size_t ss, float *dst, size_t ds, size_t rows, size_t cols);
 void anert_fp16_turn_block(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds, size_t rows, size_t cols);
-/* The body of every count_past, vectorised for the caller's target. It is the first to read a row: it asks for what comes
- * a page later, where hardware prefetch stops. */
-static inline __attribute__((always_inline)) size_t anert_count_past(const float *src, size_t n) {
-    enum { STRIP = 64, PAGE = 1024 };
-    size_t total = 0, i = 0;
-    for (; i + STRIP <= n; i += STRIP) {
-        uint32_t past = 0;
-        for (size_t j = 0; j < STRIP; j += 16)
-            __builtin_prefetch(src + i + PAGE + j);
-        for (size_t j = 0; j < STRIP; j++)
-            past += __builtin_fabsf(src[i + j]) > 65504.0f;
-        total += past;
-    }
-    for (; i < n; i++)
-        total += __builtin_fabsf(src[i]) > 65504.0f;
-    return total;
-}
-
 /* gemm.c: the same as anert_gemm, without the pool: on the calling thread alone, with that thread's scratch, for use inside
  * parallel bodies (attention by head). isa resolved. scratch: anert_gemm_scratch(isa, k) bytes, 64-byte aligned. */
 size_t anert_gemm_scratch(int32_t isa, int64_t k);

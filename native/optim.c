@@ -246,10 +246,10 @@ static void run_tile(void *arg, int64_t index, int32_t thread) {
             if (job->alone) {
                 anert_placement to = placement_of(job, 0);
                 uint16_t *out = to.base + (row + r) * to.row_stride + col + c;
-                past += anert_fp16_clamp_row(job->fp16, job->master + at, out, (size_t)n, job->large);
+                past += (job->large ? job->fp16->stream_clamp : job->fp16->clamp)(job->master + at, out, (size_t)n);
                 continue;
             }
-            past += anert_fp16_clamp_row(job->fp16, job->master + at, part, (size_t)n, false);
+            past += job->fp16->clamp(job->master + at, part, (size_t)n);
             place(job, true, part, row + r, col + c, 1, n);
         }
     place(job, false, halves, row, col, rows, cols);

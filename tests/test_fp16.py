@@ -290,7 +290,8 @@ void probe_up(const uint16_t *s, float *d, size_t n) { K->f16_to_f32(s, d, n); }
 void probe_stream(const uint16_t *s, uint16_t *d, size_t n) { K->stream(s, d, n); }
 void probe_stream_down(const float *s, uint16_t *d, size_t n) { K->stream_down(s, d, n); }
 void probe_stream_up(const uint16_t *s, float *d, size_t n) { K->stream_up(s, d, n); }
-size_t probe_count(const float *s, size_t n) { return K->count_past(s, n); }
+size_t probe_clamp(const float *s, uint16_t *d, size_t n) { return K->clamp(s, d, n); }
+size_t probe_stream_clamp(const float *s, uint16_t *d, size_t n) { return K->stream_clamp(s, d, n); }
 void probe_turn(const uint16_t *s, size_t ss, uint16_t *d, size_t ds, size_t r, size_t c) {
     K->transpose(s, ss, d, ds, r, c);
 }
@@ -307,7 +308,8 @@ void probe_up(const uint16_t *, float *, size_t);
 void probe_stream(const uint16_t *, uint16_t *, size_t);
 void probe_stream_down(const float *, uint16_t *, size_t);
 void probe_stream_up(const uint16_t *, float *, size_t);
-size_t probe_count(const float *, size_t);
+size_t probe_clamp(const float *, uint16_t *, size_t);
+size_t probe_stream_clamp(const float *, uint16_t *, size_t);
 void probe_turn(const uint16_t *, size_t, uint16_t *, size_t, size_t, size_t);
 void probe_down_block(const float *, size_t, uint16_t *, size_t, size_t, size_t);
 void probe_up_block(const uint16_t *, size_t, float *, size_t, size_t, size_t);
@@ -339,7 +341,16 @@ def test_avx512_rows_emulated(emulated):
             same |= np.isnan(CASES[:n])  # SIMDe's portable F16C has its own NaN rule
         assert same.all()
         assert out[n] == 0xABCD
-        assert lib.probe_count(ffi.from_buffer("float[]", CASES), n) == np.count_nonzero(np.abs(CASES[:n]) > 65504)
+        want = down_oracle(np.clip(CASES[:n], -65504, 65504))
+        for clamp in (lib.probe_clamp, lib.probe_stream_clamp):
+            out[:] = 0xABCD
+            past = clamp(ffi.from_buffer("float[]", CASES), ffi.from_buffer("uint16_t[]", out), n)
+            assert past == np.count_nonzero(np.abs(CASES[:n]) > 65504)
+            same = want == out[:n]
+            if "avx2" not in ISAS:
+                same |= np.isnan(CASES[:n])
+            assert same.all()
+            assert out[n] == 0xABCD
     wide = np.zeros(65536, np.float32)
     lib.probe_up(ffi.from_buffer("uint16_t[]", ALL), ffi.from_buffer("float[]", wide), 65536)
     same = wide.view(np.uint32) == up_oracle(ALL)
@@ -411,7 +422,8 @@ int main(void) {
         if (memcmp(f2, f3, n * 4)) return 6;
         neon->transpose(h + at, cols, h2, rows, rows, cols); scalar->transpose(h + at, cols, h3, rows, rows, cols);
         if (memcmp(h2, h3, n * 2)) return 7;
-        if (neon->count_past(f, n) != scalar->count_past(f, n)) return 8;
+        if (neon->clamp(f + at, h2, n) != scalar->clamp(f + at, h3, n)) return 8;
+        if (memcmp(h2, h3, n * 2)) return 9;
     }
     return 0;
 }

@@ -3,6 +3,7 @@ gradients."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,6 +141,21 @@ def test_embedding_and_its_gradient(vocab, dim, n, seed):
     for times in (1, 2):  # it adds
         r.head.embed_backward(tokens, r.dx, 1 / 8)
         near(r.store["tok_embeddings"].grad, times * want, 1e-6, "embedding")
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(VOCABS, DIMS, LENGTHS, st.integers(0, 99))
+def test_the_sum_of_squares_of_a_tied_gradient_is_kept(vocab, dim, n, seed):
+    """By the classifier's product, then by what the scatter adds; an unknown one stays unknown."""
+    r = rig(vocab, dim, n, seed=seed)
+    p, tokens = r.store["tok_embeddings"], np.random.default_rng(seed).integers(0, vocab, n, dtype=np.int32)
+    r.dx.array()[...] = np.random.default_rng(seed + 1).standard_normal((dim, n))
+    r.head.embed_backward(tokens, r.dx, 1 / 8)
+    assert math.isnan(p.squares)
+    for _ in range(2):  # it accumulates
+        r.head.loss_backward(r.x, targets_of(vocab, n, 0.2), r.dx, 64.0)
+        r.head.embed_backward(tokens, r.dx, 1 / 64)
+        assert p.squares == pytest.approx(np.square(p.grad, dtype=np.float64).sum(), rel=1e-5, abs=1e-12)
 
 
 @pytest.mark.parametrize("isa", isas())
