@@ -19,6 +19,7 @@ enum {
     MIN_COLS = 64,
     COLUMN_BYTES = 1 << 16,   /* of A per task when C is thin */
     THIN_COLS = 8,            /* of C: more of them are worth panels of A */
+    THIN_ROWS = 16,           /* per task, a multiple: a line of fp32 */
     SCRATCH_SLOT = 0,
     SHARED_SLOT = 5,
     SQUARES_SLOT = 6,
@@ -26,7 +27,7 @@ enum {
     STREAMED = 1 << 18         /* elements of a gradient from which on caches would not keep it */
 };
 #define SERIAL_FLOPS 2e6 /* below, waking a thread costs more than it saves */
-#define SERIAL_BYTES 2e5 /* the same when C is thin */
+#define SERIAL_BYTES 5e4 /* the same when C is thin */
 
 /* Packs and stores with the CPU's own vectors, multiplies with a BLAS. */
 static const gemm_kernel *blas_kernel(void) {
@@ -284,7 +285,7 @@ static void cut(problem *p, int32_t threads) {
     int64_t wanted = threads > 1 ? (int64_t)threads * TASKS_PER_THREAD : 1;
     int64_t rows = TASK_ROWS, cols = TASK_COLS;
     if (p->thin) {
-        p->task_rows = column_rows(p->k);
+        p->task_rows = even_part(p->m, MIN(column_rows(p->k), divide_up(p->m, wanted)), THIN_ROWS);
         p->task_cols = p->n;
     } else {
         for (;;) {

@@ -6,6 +6,7 @@
  *
  * fork: a child has the pool but not its threads. It computes on its calling thread alone, with the same bits. */
 #include <pthread.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <time.h>
 #if defined(__linux__)
@@ -19,7 +20,7 @@
 #include <dispatch/dispatch.h>
 #endif
 
-enum { SPIN_US = 200, MAX_THREADS = 1024, SLOTS = 8 }; /* SPIN_US: a sleep and its end take a tenth of that, a pause 1 to 50 ns */
+enum { POLITE_US = 10, SPIN_US = 200, MAX_THREADS = 1024, SLOTS = 8 }; /* SPIN_US: a sleep and its end take a tenth of that, a pause 1 to 50 ns */
 #define HUGE_PAGE ((size_t)2 << 20)
 #define CLOSED UINT32_MAX /* as an index: nothing to claim */
 
@@ -58,7 +59,8 @@ static void relax(void) {
 #endif
 }
 
-/* One turn of a spin; false once SPIN_US have passed since *start, which is 0 at the first turn. */
+/* One turn of a spin; false once SPIN_US have passed since *start, which is 0 at the first turn. After POLITE_US of them
+ * whoever else wants the processor may have it. */
 static bool spin(int64_t *start) {
     struct timespec t;
     for (int i = 0; i < 16; i++)
@@ -66,6 +68,8 @@ static bool spin(int64_t *start) {
     clock_gettime(CLOCK_MONOTONIC, &t);
     int64_t us = (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
     *start = *start != 0 ? *start : us;
+    if (us - *start > POLITE_US)
+        sched_yield();
     return us - *start < SPIN_US;
 }
 

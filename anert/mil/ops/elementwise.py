@@ -99,7 +99,7 @@ def _quotients(x: Value, y: Value, out: Value, dout: Value) -> tuple[Value, Valu
 def _rsqrt_dx(out: Value, dout: Value) -> Value:
     """dout * -out^3 / 2, one factor after the other.
 
-    out^3 alone passes fp16's 65504 from out = 40 on, as in the rmsnorm of a fresh embedding."""
+    out^3 alone passes fp16's 65504 from out = 40 on, as for the rms of a fresh embedding."""
     return times(times(times(dout, out), out), out) * -0.5
 
 
