@@ -30,8 +30,8 @@ LAYER = {
 
 def peer_cases(name: str, options: BenchOptions, told: Told, ours: list[Case],
                folder: tempfile.TemporaryDirectory[str]) -> list[Case]:  # fmt: skip
-    """A case for each peer and encoding that runs; ours get theirs as baseline: fp16 f16's, int8 q8_0's. AnertError where
-    none runs."""
+    """A case for each peer and encoding that runs; ours get theirs as baseline: fp16 f16's, int8 q8_0's. AnertError
+    where none runs."""
     if set(told.model.layer_params(told.config)) != set(LAYER):
         raise InputError(f"{told.name} is no Llama-style model: the peers run no other")
     threads, where = told.rt.pool.threads, Path(folder.name)
