@@ -259,6 +259,14 @@ def test_peers_of_decode(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert all(row["ratio"] == pytest.approx(row["median"] / 500) for row in ours)
     (first,) = (row for name, row in rows.items() if name.startswith("first token"))
     assert first["unit"] == "ms" and first["median"] > 10
+    crash = "'q8_0' in argv['-m'] and sys.exit(11)\nprint"
+    half = script(tmp_path / "half", LLAMA_BENCH.replace("print", crash, 1))
+    code, report, err = run(capsys, *argv, "--peer", f"llamacpp={half}")
+    assert code == 0, err
+    rows = {row["name"]: row for row in report["results"]}
+    assert "llama.cpp decode f16" in rows and "llama.cpp decode q8_0" not in rows
+    (int8,) = (row for name, row in rows.items() if "int8" in name)
+    assert int8["ratio"] is None and "llama.cpp decode q8_0 does not run: " in int8["notes"]["said"]
     broken = script(tmp_path / "broken", "#!{python}\nprint('[]')\n")
     for peer, message in (
         ("llamacpp=nowhere", "--peer llamacpp=nowhere: no program there"),

@@ -30,19 +30,26 @@ LAYER = {
 
 def peer_cases(name: str, options: BenchOptions, told: Told, ours: list[Case],
                folder: tempfile.TemporaryDirectory[str]) -> list[Case]:  # fmt: skip
-    """A case for each peer and encoding; ours get theirs as baseline: fp16 f16's, int8 q8_0's."""
+    """A case for each peer and encoding that runs; ours get theirs as baseline: fp16 f16's, int8 q8_0's. AnertError
+    where none runs."""
     if set(told.model.layer_params(told.config)) != set(LAYER):
         raise InputError(f"{told.name} is no Llama-style model: the peers run no other")
     threads, where = told.rt.pool.threads, Path(folder.name)
     made: list[Case] = []
+    complaints: list[str] = []
     for peer, path in options.peers:
         if peer == "llamacpp":
             for mine, encoding in zip(ours, ("f16", "q8_0"), strict=True):
                 file = where / f"{encoding}.gguf"
                 write_gguf(told, file, encoding)
-                made.append(Case(f"llama.cpp {name} {encoding}", _llamacpp(path, file, name, told.n, threads), "tok/s",
-                                 told.n, notes={"threads": threads}))  # fmt: skip
-                mine.baseline = made[-1].name
+                peer_case = Case(f"llama.cpp {name} {encoding}", _llamacpp(path, file, name, told.n, threads), "tok/s",
+                                 told.n, notes={"threads": threads})  # fmt: skip
+                if complaint := _complaint(peer_case):
+                    complaints.append(complaint)
+                    mine.notes = {**mine.notes, "said": f"{peer_case.name} does not run: {complaint}"}
+                else:
+                    made.append(peer_case)
+                    mine.baseline = peer_case.name
         elif name == "decode":
             write_llama2c(told, where / "peer.bin")
             write_vocabulary(told.config.vocab_size, where / "peer.tokenizer")
@@ -50,7 +57,18 @@ def peer_cases(name: str, options: BenchOptions, told: Told, ours: list[Case],
                              notes={"threads": threads}))  # fmt: skip
             if not ours[0].baseline:
                 ours[0].baseline = made[-1].name
+    if not made and complaints:
+        raise AnertError(complaints[0])
     return made
+
+
+def _complaint(case: Case) -> str:
+    """Why a peer's program does not run this case, empty if it does: one may crash on one encoding alone."""
+    try:
+        case.run()
+    except AnertError as error:
+        return str(error)
+    return ""
 
 
 def _llamacpp(path: str, file: Path, name: str, n: int, threads: int) -> Any:
@@ -83,7 +101,8 @@ def _output(argv: list[str], env: dict[str, str]) -> subprocess.CompletedProcess
     done = subprocess.run(argv, env={**os.environ, **env}, capture_output=True, text=True, errors="replace",
                           check=False)  # fmt: skip
     if done.returncode:
-        raise AnertError(f"{argv[0]} ended with {done.returncode}: {done.stderr.strip()[-200:]}")
+        said = " ".join(done.stderr.split())[-200:]
+        raise AnertError(f"{argv[0]} ended with {done.returncode}" + (f": {said}" if said else ""))
     return done
 
 
