@@ -23,6 +23,7 @@ from anert.cli import main
 from anert.convert import convert
 from anert.decode import Session
 from anert.errors import InputError, ShapeError, StateError
+from anert.events import Text
 from anert.ffi import Pool, call
 from anert.formats import huggingface, llama2c, open_model_file
 from anert.inputs import open_model
@@ -31,7 +32,7 @@ from anert.mapped import map_of
 from anert.param import ParamStore, Spec
 from anert.plugin import load
 from anert.runtime import Runtime
-from anert.sample import open_engine
+from anert.sample import open_engine, sample
 from anert.surface import Heap, ReadOnlySurface, Surface
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -406,6 +407,20 @@ def test_a_store_settles_where_there_is_memory(tmp_path):
         for n, t in tensors.items():
             surface = store.copy_of(n, slot, 2 * spec.size, lambda n: pytest.fail("copied"), True)
             assert surface.array().tobytes() == t.tobytes()
+
+
+@pytest.mark.parametrize(("tokens", "times"), [(8, 0), (40, 1)])
+def test_a_long_text_settles_its_weights_once(files, monkeypatch, capsys, tokens, times):
+    """Behind its first new token, and the text goes on as it would have."""
+    folder, tokenizer = files
+    seen, said = [], []
+    monkeypatch.setattr(ParamStore, "settle_ahead", lambda self, available: seen.append((available > 0, list(said))))
+    for event in sample(folder / "run", "Once upon", load(STORIES), tokenizer, max_tokens=tokens, temperature=0.0):
+        said += [event]
+    assert len(seen) == times
+    assert all(free and [type(e) for e in before] == [Text, Text] for free, before in seen)
+    told = text(capsys, folder / "run", tokenizer, "--prompt", "Once upon", "-n", str(tokens), "--temperature", "0")
+    assert told.strip() == "".join(e.text for e in said if isinstance(e, Text)).strip()
 
 
 # ---- files that are refused
