@@ -9,7 +9,6 @@ import mmap
 import os
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,13 @@ import pytest
 from test_ane_backend import backend_of
 from test_gguf import write as write_gguf
 from test_quant import linear
+from test_surface import HUGE_PAGE, mapped
 
 from anert import ffi
 from anert.cli import main
 from anert.convert import convert
 from anert.decode import Session
-from anert.errors import InputError, ShapeError, StateError
+from anert.errors import InputError, StateError
 from anert.events import Text
 from anert.ffi import Pool, call
 from anert.formats import huggingface, llama2c, open_model_file
@@ -37,13 +37,6 @@ from anert.surface import Heap, ReadOnlySurface, Surface
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = str(ROOT / "plugins" / "stories.py")
-HUGE_PAGE = 2 << 20
-
-
-def mapped(path: Path, content: bytes, dtype=np.uint8, offset=0):
-    """An array over a file of this content, mapped read-only."""
-    path.write_bytes(content)
-    return np.frombuffer(np.memmap(path, np.uint8, "r"), dtype, offset=offset)
 
 
 @pytest.fixture(scope="module")
@@ -294,36 +287,7 @@ def test_bad_halves():
         call(lib.anert_f16_finite, pool.ptr, arrays, sizes, 1, finite)
 
 
-# ---- a surface to be read alone
-
-
-def test_a_surface_over_a_file_is_read_alone(tmp_path):
-    values = np.arange(1000, dtype=np.float16)
-    surface = ReadOnlySurface(mapped(tmp_path / "v", b"x" + values.tobytes(), np.uint8, offset=1))
-    array = surface.array(np.float16)
-    assert np.array_equal(array, values) and surface.nbytes == 2000 and surface.read_only and not surface.shared
-    with pytest.raises(ValueError, match="read-only"):
-        array[0] = 1
-    with pytest.raises(ValueError, match="WRITEABLE"):
-        array.flags.writeable = True
-    for held in (surface.lock, surface.access):
-        with pytest.raises(StateError, match="read alone; write to a copy"), held():
-            pass
-        with held(read_only=True), surface.lock(read_only=True):
-            pass
-    surface.touch()
-    assert surface.seed == 0
-    with pytest.raises(ShapeError, match="does not fit"):
-        surface.array(np.float16, 1001)
-    with pytest.raises(StateError, match="to be written, the surface is read-only"):
-        ParamStore(Heap(), Pool(1), {"w": Spec.normal(2, 2)}, True)["w"].place(surface, Slot("w", 2, 2, 0, 2, 1))
-    given = ParamStore(Heap(), Pool(1), {"w": Spec.normal(10, 100)}, False, {"w": values})["w"]
-    with pytest.raises(StateError, match="no master to change"):
-        given.master *= 2
-    del surface
-    gc.collect()
-    (tmp_path / "v").unlink()
-    assert np.array_equal(array, values), "an array keeps the map"
+# ---- programs and stores
 
 
 def test_no_program_writes_to_it():
@@ -334,62 +298,6 @@ def test_no_program_writes_to_it():
     program.bind({**ports, program.inputs[0].name: ReadOnlySurface(memory)}).run()
     with pytest.raises(StateError, match="is written, its surface is read-only"):
         program.bind({**ports, program.outputs[0].name: ReadOnlySurface(memory)})
-
-
-def test_bad_surfaces():
-    for array in (np.zeros((4, 4))[:, 1], np.zeros(0), np.zeros((4, 4)).T):
-        with pytest.raises(ShapeError, match="over bytes in a row"):
-            ReadOnlySurface(array)
-    out = ffi.ffi.new("anert_surface **")
-    for arguments in ((ffi.ffi.NULL, 4, out), (out, 0, out), (out, 4, ffi.ffi.NULL)):
-        with pytest.raises(InputError, match=r"no surface can be|out is NULL"):
-            call(ffi.lib.anert_surface_over, *arguments)
-
-
-# ---- huge pages
-
-
-def settle(array: np.ndarray) -> int:
-    settled = ffi.ffi.new("size_t *")
-    call(ffi.lib.anert_pages_settle, ffi.ffi.cast("void *", array.ctypes.data), array.nbytes, settled)
-    return settled[0]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot move pages: nothing happens there")
-def test_bytes_and_addresses_stay_when_pages_become_huge(tmp_path):
-    """Readers go on meanwhile; afterwards the file may change, and nobody can write the pages."""
-    content = np.random.default_rng(0).integers(0, 256, 5 * HUGE_PAGE + 12_345, np.uint8)
-    array = mapped(tmp_path / "v", content.tobytes())
-    wrong, done = [], threading.Event()
-
-    def read() -> None:
-        while not done.is_set():
-            wrong.extend([] if np.array_equal(array, content) else [1])
-
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    for reader in readers:
-        reader.start()
-    moved = [settle(array[77:]) for _ in range(3)]
-    done.set()
-    for reader in readers:
-        reader.join()
-    assert moved == [moved[0]] * 3 and 4 * HUGE_PAGE <= moved[0] <= 5 * HUGE_PAGE
-    assert not wrong and np.array_equal(array, content)
-    first = 77 + -(array.ctypes.data + 77) % HUGE_PAGE
-    with open(tmp_path / "v", "r+b") as f:
-        f.write(bytes(content.size))
-    assert np.array_equal(array[first : first + moved[0]], content[first : first + moved[0]])
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    address = array.ctypes.data + first
-    spans = [(*(int(x, 16) for x in line.split()[0].split("-")), line.split()[1]) for line in lines]
-    assert [rights for start, end, rights in spans if start <= address < end] == ["r--p"]
-
-
-def test_a_small_map_stays(tmp_path):
-    array = mapped(tmp_path / "v", bytes(HUGE_PAGE - 1))
-    assert settle(array) == 0
-    with pytest.raises(InputError, match="no map can be"):
-        call(ffi.lib.anert_pages_settle, ffi.ffi.NULL, 1, ffi.ffi.NULL)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot move pages: nothing happens there")

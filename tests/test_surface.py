@@ -2,6 +2,9 @@
 
 import gc
 import itertools
+import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +13,17 @@ from hypothesis import strategies as st
 
 from anert import ffi as native
 from anert.errors import InputError, NativeError, ShapeError, StateError
-from anert.surface import Heap, Surface
+from anert.kernel import Slot
+from anert.param import ParamStore, Spec
+from anert.surface import Heap, ReadOnlySurface, Surface
 
-SLAB = 2 << 20
+SLAB = HUGE_PAGE = 2 << 20
+
+
+def mapped(path: Path, content: bytes, dtype=np.uint8, offset=0):
+    """An array over a file of this content, mapped read-only."""
+    path.write_bytes(content)
+    return np.frombuffer(np.memmap(path, np.uint8, "r"), dtype, offset=offset)
 
 
 @given(st.lists(st.integers(1, 3 * SLAB), min_size=1, max_size=12), st.data())
@@ -188,3 +199,114 @@ def test_repr_and_size():
     surface = Surface(Heap(), 70_000)
     assert repr(surface) == "Surface(70000 bytes, seed 0)"
     assert native.lib.anert_surface_size(surface.handle) == surface.nbytes == 70_000
+
+
+# ---- a surface to be read alone
+
+
+def test_a_surface_over_a_file_is_read_alone(tmp_path):
+    values = np.arange(1000, dtype=np.float16)
+    surface = ReadOnlySurface(mapped(tmp_path / "v", b"x" + values.tobytes(), np.uint8, offset=1))
+    array = surface.array(np.float16)
+    assert np.array_equal(array, values) and surface.nbytes == 2000 and surface.read_only and not surface.shared
+    with pytest.raises(ValueError, match="read-only"):
+        array[0] = 1
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        array.flags.writeable = True
+    for held in (surface.lock, surface.access):
+        with pytest.raises(StateError, match="read alone; write to a copy"), held():
+            pass
+        with held(read_only=True), surface.lock(read_only=True):
+            pass
+    surface.touch()
+    assert surface.seed == 0
+    with pytest.raises(ShapeError, match="does not fit"):
+        surface.array(np.float16, 1001)
+    with pytest.raises(StateError, match="to be written, the surface is read-only"):
+        ParamStore(Heap(), native.Pool(1), {"w": Spec.normal(2, 2)}, True)["w"].place(surface, Slot("w", 2, 2, 0, 2, 1))
+    given = ParamStore(Heap(), native.Pool(1), {"w": Spec.normal(10, 100)}, False, {"w": values})["w"]
+    with pytest.raises(StateError, match="no master to change"):
+        given.master *= 2
+    del surface
+    gc.collect()
+    (tmp_path / "v").unlink()
+    assert np.array_equal(array, values), "an array keeps the map"
+
+
+def test_bad_memory():
+    for array in (np.zeros((4, 4))[:, 1], np.zeros(0), np.zeros((4, 4)).T):
+        with pytest.raises(ShapeError, match="over bytes in a row"):
+            ReadOnlySurface(array)
+    out = native.ffi.new("anert_surface **")
+    for arguments in ((native.ffi.NULL, 4, out), (out, 0, out), (out, 4, native.ffi.NULL)):
+        with pytest.raises(InputError, match=r"no surface can be|out is NULL"):
+            native.call(native.lib.anert_surface_over, *arguments)
+
+
+# ---- huge pages
+
+
+def settle(array: np.ndarray) -> int:
+    settled = native.ffi.new("size_t *")
+    native.call(native.lib.anert_pages_settle, native.ffi.cast("void *", array.ctypes.data), array.nbytes, settled)
+    return settled[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot move pages: nothing happens there")
+def test_bytes_and_addresses_stay_when_pages_become_huge(tmp_path):
+    """Readers go on meanwhile; afterwards the file may change, and nobody can write the pages."""
+    content = np.random.default_rng(0).integers(0, 256, 5 * HUGE_PAGE + 12_345, np.uint8)
+    array = mapped(tmp_path / "v", content.tobytes())
+    wrong, done = [], threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            wrong.extend([] if np.array_equal(array, content) else [1])
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    moved = [settle(array[77:]) for _ in range(3)]
+    done.set()
+    for reader in readers:
+        reader.join()
+    assert moved == [moved[0]] * 3 and 4 * HUGE_PAGE <= moved[0] <= 5 * HUGE_PAGE
+    assert not wrong and np.array_equal(array, content)
+    first = 77 + -(array.ctypes.data + 77) % HUGE_PAGE
+    with open(tmp_path / "v", "r+b") as f:
+        f.write(bytes(content.size))
+    assert np.array_equal(array[first : first + moved[0]], content[first : first + moved[0]])
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    address = array.ctypes.data + first
+    spans = [(*(int(x, 16) for x in line.split()[0].split("-")), line.split()[1]) for line in lines]
+    assert [rights for start, end, rights in spans if start <= address < end] == ["r--p"]
+
+
+def test_a_small_map_stays(tmp_path):
+    array = mapped(tmp_path / "v", bytes(HUGE_PAGE - 1))
+    assert settle(array) == 0
+    with pytest.raises(InputError, match="no map can be"):
+        native.call(native.lib.anert_pages_settle, native.ffi.NULL, 1, native.ffi.NULL)
+
+
+@pytest.mark.parametrize("at", [0, 2046, 5000])
+def test_infinities_are_clamped_where_a_file_is_mapped(tmp_path, at):
+    """Those of one array, on whatever pages it lies; its neighbours and the file stay."""
+    content = np.random.default_rng(at).integers(0, 1 << 16, 12_000, np.uint16)
+    content[::7] = 0x7C00
+    content[3::11] = 0xFC00
+    content[5::13] = 0x7E01  # NaN
+    whole = mapped(tmp_path / "v", content.tobytes(), np.uint16)
+    want, n = content.copy(), 4100
+    part = want[at : at + n]
+    past = (part & 0x7FFF) == 0x7C00
+    part[past] = part[past] & 0x8000 | 0x7BFF
+    count = native.ffi.new("uint64_t *")
+    for expected in (np.count_nonzero(past), 0):
+        pointer = native.ffi.from_buffer("uint16_t[]", whole[at : at + n])
+        native.call(native.lib.anert_pages_clamp, pointer, n, count)
+        assert count[0] == expected and np.array_equal(whole, want)
+    assert (tmp_path / "v").read_bytes() == content.tobytes()
+    for address, size in ((native.ffi.NULL, 1), (pointer, 1 << 63)):
+        with pytest.raises(InputError, match="no map can be"):
+            native.call(native.lib.anert_pages_clamp, address, size, count)
