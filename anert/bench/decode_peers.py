@@ -129,7 +129,7 @@ def write_llama2c(told: Told, path: Path) -> bool:
 def write_vocabulary(n: int, path: Path) -> None:
     """A tokenizer.bin of n pieces: control tokens, all bytes, then `t<id>`."""
     names = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{b:02X}>" for b in range(256))]
-    pieces = [(names + [f" t{i}" for i in range(len(names), n)])[i].encode() for i in range(n)]
+    pieces = [piece.encode() for piece in (names + [f" t{i}" for i in range(len(names), n)])[:n]]
     with open(path, "wb") as f:
         f.write(struct.pack("<I", max(map(len, pieces))))
         for i, piece in enumerate(pieces):
