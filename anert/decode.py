@@ -27,7 +27,7 @@ from anert.model import Decoder
 from anert.network import Location, Network
 from anert.nn import MASKED, halves
 from anert.param import ParamStore
-from anert.runtime import Runtime
+from anert.runtime import Runtime, memory_available
 from anert.surface import Surface, locked, shared
 
 WEIGHTS = ("fp16", "int8")
@@ -264,6 +264,12 @@ class Session:
             width = self._width(n)
             total, n = total + width.flops, n - width.size
         return total + head
+
+    def settle(self) -> None:
+        """Begin to move weights that are read where a file is mapped to huge pages, from which many tokens come faster;
+        running goes on."""
+        if self.weights == "fp16" and self.runtime.backend.any_memory:
+            self.store.settle_ahead(memory_available())
 
     # ---- running
 

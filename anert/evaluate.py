@@ -61,10 +61,10 @@ def evaluate(
         rt = Runtime(backend, precision, threads=threads)
         store = ParamStore(rt.heap, rt.pool, model.specs(), False, tensors)
         rt.check_memory(store.copy_bytes, "the weights")
-        if rt.backend.any_memory:
-            store.settle_ahead(memory_available())
         net = Network(rt, model, store, model.config.seq_len, 1, train=False)
         store.sync()
+        if rt.backend.any_memory:
+            store.settle_ahead(memory_available())
         n = len(ids) - 1 if not tokens else min(tokens, len(ids) - 1)
         losses, counts, last = [], [], time.monotonic()
         for inputs, targets in windows(ids[: n + 1], model.config.seq_len):

@@ -1,5 +1,5 @@
-"""Weights that a mapped file holds as fp16: which arrays lie in one, whether they are finite, and moving them to huge
-pages under their readers."""
+"""Weights that a mapped file holds as fp16: which arrays lie in one, whether they are finite, and giving them pages of
+our own, at the same addresses, where that is better."""
 
 from __future__ import annotations
 
@@ -64,13 +64,20 @@ def finite_ahead(pool: Pool, arrays: Mapping[str, NDArray[np.float16]]) -> Ahead
     return Ahead(work, "anert-pages")
 
 
-def settle_ahead(arrays: Iterable[NDArray[Any]], behind: Ahead[Any]) -> Ahead[int]:
+def clamp(array: NDArray[np.float16]) -> int:
+    """Make infinities of a read-only map +-65504, as every fp16 copy of weights has them; the file stays. Gives how
+    many there were."""
+    clamped = ffi.ffi.new("uint64_t *")
+    call(ffi.lib.anert_pages_clamp, ffi.ffi.from_buffer("uint16_t[]", array), array.size, clamped)
+    return int(clamped[0])
+
+
+def settle_ahead(arrays: Iterable[NDArray[Any]]) -> Ahead[int]:
     """Move arrays of read-only maps to huge pages while they are read, where the system can do that: addresses and
-    bytes stay. Gives the bytes moved; where memory is refused, they stay where they are. behind: what comes before."""
+    bytes stay. Gives the bytes moved; where memory is refused, they stay where they are."""
     spans = _spans(arrays)
 
     def work() -> int:
-        behind.result()
         total, settled = 0, ffi.ffi.new("size_t *")
         for start, end, _ in spans:
             try:

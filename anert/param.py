@@ -19,7 +19,7 @@ from anert import ffi
 from anert.errors import InputError, ShapeError, StateError
 from anert.ffi import Pool, call
 from anert.kernel import Slot
-from anert.mapped import Ahead, finite_ahead, map_of, settle_ahead
+from anert.mapped import Ahead, clamp, finite_ahead, map_of, settle_ahead
 from anert.surface import Heap, ReadOnlySurface, Surface, locked, shared
 
 Progress = Callable[[float, float], None]
@@ -227,17 +227,18 @@ class ParamStore(Mapping[str, Param]):
         return surface
 
     def _given(self, name: str) -> Surface | None:
-        """The surface over a parameter's halves in a file; none where they are not finite: a copy is clamped."""
+        """The surface over a parameter's halves in a file. Before programs read it, `sync` says whether it may."""
         p = self[name]
-        if p.given is None and self._finite is not None and self._finite.result().get(name):
+        if p.given is None and name in self._mapped:
             p.given = ReadOnlySurface(self._mapped[name])
         return p.given
 
     def settle_ahead(self, available: int) -> None:
         """Begin to move a file's halves to huge pages, where programs read them faster; they may read meanwhile, from
         the same addresses. Not unless `available` bytes of memory hold them twice."""
-        if self._finite is not None and 2 * sum(a.nbytes for a in self._mapped.values()) <= available:
-            self._settling = settle_ahead(list(self._mapped.values()), behind=self._finite)
+        self._clamp_given()
+        if self._mapped and 2 * sum(a.nbytes for a in self._mapped.values()) <= available:
+            self._settling = settle_ahead(self._mapped.values())
 
     def encoded_copy(self, name: str, make: Callable[[int], Surface]) -> Surface:
         """The surface that holds parameter `name` in int8. ShapeError if its columns are no groups of 32."""
@@ -303,13 +304,17 @@ class ParamStore(Mapping[str, Param]):
             moment[...] = tensors[name].reshape(moment.shape)
 
     def sync(self) -> int:
-        """Write every master to its copies; returns how many weights were clamped to +-65504. After `sync_ahead`: wait
-        for that, and write those alone which have got more copies since."""
+        """Write every master to its copies, and make sure of those that a file holds; returns how many weights were
+        clamped to +-65504. After `sync_ahead`: wait for that, and write those alone that have got more copies since."""
         ahead, self._ahead = self._ahead, None
         if ahead is None:
-            return _Writing(self.pool, list(self.values())).run()
-        clamped = ahead.result()
+            return _Writing(self.pool, list(self.values())).run() + self._clamp_given()
+        clamped = ahead.result() + self._clamp_given()
         return clamped + _Writing(self.pool, [p for p in self.values() if p.copies != ahead.copies[p.name]]).run()
+
+    def _clamp_given(self) -> int:
+        finite = self._finite.result() if self._finite is not None else {}
+        return sum(clamp(self._mapped[name]) for name, ok in finite.items() if not ok and self[name].given is not None)
 
     def sync_ahead(self) -> None:
         """Begin a `sync` on a thread of its own; whoever reads a copy calls `sync` first."""

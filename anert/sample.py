@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from anert.tokenizer import Tokenizer
 
 ENGINES = ("mil", "numpy")
+LONG = 32
+"""New tokens that pay for moving a file's weights to huge pages: about 100 ms of one thread."""
 
 
 class Engine(Protocol):
@@ -203,13 +205,11 @@ def open_engine(
         raise InputError(f"engine {engine!r}: expected {' or '.join(ENGINES)}")
     from anert.decode import Session, open_session, widths_for
     from anert.param import ParamStore
-    from anert.runtime import Runtime, memory_available
+    from anert.runtime import Runtime
 
     rt = Runtime(backend, precision, threads=threads)
     store = ParamStore(rt.heap, rt.pool, model.specs(), train=False, tensors=tensors)
     rt.check_memory(store.copy_bytes, "the weights")
-    if rt.backend.any_memory and weights == "fp16":
-        store.settle_ahead(memory_available())
     session = open_session(rt, model, store, widths_for(1), weights)
     if rt.engine is None:  # an engine of its own may bind programs to surfaces that a thread has locked
         store.sync_ahead()
@@ -254,9 +254,14 @@ def sample(
     told = open_engine(model, tensors, engine, backend, precision, threads, n_prompt, weights)
     if getattr(told, "networks", None):
         yield Notice("info", "this model mixes positions outside attention: every token runs the whole window again")
+    settle = getattr(told, "settle", None) if max_tokens * num_samples >= LONG else None
     prefix = Prefix()
     for i, sampler in enumerate(samplers):
-        yield from tell(told, vocabulary(), prompt, sampler, limits, i, prefix)
+        for event in tell(told, vocabulary(), prompt, sampler, limits, i, prefix):
+            yield event
+            if settle and told.position:  # the first new text is shown
+                settle()
+                settle = None
 
 
 def generate(checkpoint: Path | str, prompt: str, plugin: Plugin, **options: Any) -> Iterator[str]:

@@ -79,8 +79,9 @@ class Sampler:
                 raise InputError(f"rng llama2c: seed {self.seed}: expected 1 to 2^64 - 1, as llama2.c takes it")
 
     def generator(self) -> Generator:
-        """What the seed stands for: Philox (Salmon et al. 2011) keyed by it, or llama2.c's xorshift."""
-        if self.rng == "llama2c":
+        """What the seed stands for: Philox (Salmon et al. 2011) keyed by it, or llama2.c's xorshift; at temperature 0,
+        where nobody draws, one that costs no import."""
+        if self.rng == "llama2c" or self.temperature == 0:
             return Xorshift(self.seed)
         return np.random.Generator(np.random.Philox(key=self.seed % (1 << 64)))
 

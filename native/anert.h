@@ -73,6 +73,9 @@ anert_status anert_f16_finite(anert_pool *pool, const uint16_t *const *x, const 
  * holds to be read alone; others may read meanwhile, none may write or unmap. *settled (may be NULL): bytes that were. ENOMEM or
  * ESYSTEM leaves all as it was; systems without mremap do nothing. */
 anert_status anert_pages_settle(const void *base, size_t nbytes, size_t *settled, anert_error *err);
+/* Infinities among n halves of a map become +-65504, in pages of our own in its place; the file stays. Nobody may read them
+ * meanwhile. *clamped (may be NULL): how many there were. */
+anert_status anert_pages_clamp(const uint16_t *x, size_t n, uint64_t *clamped, anert_error *err);
 
 /* ---- fp16: round to nearest even, subnormals kept, NaN by the hardware rule (sign | 0x7e00 | payload >> 13) ----
  * clamp: 1 turns anything past +-65504 (inf too, not NaN) into +-65504 and sets *clamped (may be NULL) to how many.

@@ -257,8 +257,11 @@ def test_peers_of_decode(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     ours = [row for name, row in rows.items() if name.startswith("decode ")]
     assert [row["baseline"] for row in ours] == ["llama.cpp decode f16", "llama.cpp decode q8_0"]
     assert all(row["ratio"] == pytest.approx(row["median"] / 500) for row in ours)
-    (first,) = (row for name, row in rows.items() if name.startswith("first token"))
-    assert first["unit"] == "ms" and first["median"] > 10
+    first = [row for name, row in rows.items() if name.startswith("first token")]
+    assert [row["name"].endswith(", fp16 file") for row in first] == [False, True]
+    assert all(row["unit"] == "ms" and row["median"] > 10 for row in first)
+    whole, half = (row["notes"]["file_bytes"] for row in first)
+    assert 0.4 < half / whole < 0.6
     crash = "'q8_0' in argv['-m'] and sys.exit(11)\nprint"
     half = script(tmp_path / "half", LLAMA_BENCH.replace("print", crash, 1))
     code, report, err = run(capsys, *argv, "--peer", f"llamacpp={half}")

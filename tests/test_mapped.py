@@ -23,6 +23,7 @@ from anert.cli import main
 from anert.convert import convert
 from anert.decode import Session
 from anert.errors import InputError, ShapeError, StateError
+from anert.events import Text
 from anert.ffi import Pool, call
 from anert.formats import huggingface, llama2c, open_model_file
 from anert.inputs import open_model
@@ -31,7 +32,7 @@ from anert.mapped import map_of
 from anert.param import ParamStore, Spec
 from anert.plugin import load
 from anert.runtime import Runtime
-from anert.sample import open_engine
+from anert.sample import open_engine, sample
 from anert.surface import Heap, ReadOnlySurface, Surface
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,7 +219,7 @@ def test_any_even_address_will_do(files, tmp_path, shift, in_place):
 
 @pytest.mark.parametrize(("bad", "survives"), [(np.inf, False), (-np.inf, False), (np.nan, True)])
 def test_what_is_not_finite_is_treated_as_in_any_file(files, tmp_path, bad, survives):
-    """inf becomes 65504 in a copy of that one matrix, as from an fp32 file."""
+    """inf is 65504 to all programs, as from an fp32 file; the file itself stays."""
     folder, tokenizer = files
     model, tensors, _ = open_model(load(STORIES), folder / "run", tokenizer, hashed=False)
     name, values = "layers.1.w1", np.array(tensors["layers.1.w1"])
@@ -226,10 +227,10 @@ def test_what_is_not_finite_is_treated_as_in_any_file(files, tmp_path, bad, surv
     array = mapped(tmp_path / "w1", values.tobytes(), np.float16).reshape(values.shape)
     told = [open_engine(model, {**tensors, name: w}, backend="cpu", threads=1) for w in (array, values.astype("f4"))]
     store = told[0].store
-    assert placed(store) == {"w1"} and store["layers.0.w1"].given is not None
-    ((surface, _),) = store[name].placements
-    got = surface.array(shape=values.shape)[3, 4]
-    assert np.isnan(got) if survives else got == np.copysign(65504, bad)
+    assert not placed(store) and (tmp_path / "w1").read_bytes() == values.tobytes()
+    got, values[3, 4] = store[name].given.array(shape=values.shape), bad if survives else np.copysign(65504, bad)
+    assert got.tobytes() == values.tobytes() and not got.flags.writeable
+    assert store.sync() == 0, "they are clamped once"
     rows = [session.extend([1, 5]) for session in told]
     assert rows[0].tobytes() == rows[1].tobytes()
 
@@ -406,6 +407,20 @@ def test_a_store_settles_where_there_is_memory(tmp_path):
         for n, t in tensors.items():
             surface = store.copy_of(n, slot, 2 * spec.size, lambda n: pytest.fail("copied"), True)
             assert surface.array().tobytes() == t.tobytes()
+
+
+@pytest.mark.parametrize(("tokens", "times"), [(8, 0), (40, 1)])
+def test_a_long_text_settles_its_weights_once(files, monkeypatch, capsys, tokens, times):
+    """Behind its first new token, and the text goes on as it would have."""
+    folder, tokenizer = files
+    seen, said = [], []
+    monkeypatch.setattr(ParamStore, "settle_ahead", lambda self, available: seen.append((available > 0, list(said))))
+    for event in sample(folder / "run", "Once upon", load(STORIES), tokenizer, max_tokens=tokens, temperature=0.0):
+        said += [event]
+    assert len(seen) == times
+    assert all(free and [type(e) for e in before] == [Text, Text] for free, before in seen)
+    told = text(capsys, folder / "run", tokenizer, "--prompt", "Once upon", "-n", str(tokens), "--temperature", "0")
+    assert told.strip() == "".join(e.text for e in said if isinstance(e, Text)).strip()
 
 
 # ---- files that are refused

@@ -17,6 +17,7 @@ import numpy as np
 
 from anert.bench.measure import Case
 from anert.bench.options import BenchOptions
+from anert.checkpoint import MODEL
 from anert.errors import AnertError, InputError
 
 TOLERANCE = {"fp16": 2e-2, "int8": 8e-2}
@@ -42,7 +43,7 @@ def cases(name: str, options: BenchOptions) -> list[Case]:
     if options.peers:
         made = [*made, *peer_cases(name, options, benches[0], made, folder)]
     if name == "decode":
-        made.append(first_token(options, benches[0], folder))
+        made += first_tokens(options, benches[0], Path(folder.name))
     for case in made:
         case.keep = folder
     return made
@@ -117,15 +118,31 @@ class Told:
         return case
 
 
-def first_token(options: BenchOptions, told: Told, folder: tempfile.TemporaryDirectory[str]) -> Case:
-    """From the start of a fresh `anert sample` to its first new text, the model's file in the cache."""
+def first_tokens(options: BenchOptions, told: Told, folder: Path) -> list[Case]:
+    """From the start of a fresh `anert sample` to its first new text, the model's file in the cache: of llama2.c's fp32
+    file, and of the run directory with fp16 matrices that `anert convert --to anert --dtype fp16` makes of it."""
     from anert.bench.decode_peers import write_llama2c, write_vocabulary
-    from anert.plugin import split_name
+    from anert.formats import open_model_file, run_dir
+    from anert.tokenizer import load_tokenizer
 
-    model, vocabulary = Path(folder.name) / "model.bin", Path(folder.name) / "tokenizer.bin"
+    model, half, vocabulary = folder / "model.bin", folder / "fp16", folder / "tokenizer.bin"
     if not write_llama2c(told, model):
         raise InputError(f"bench decode: {told.name} is no model that a llama2.c file can hold")
     write_vocabulary(told.config.vocab_size, vocabulary)
+    source = open_model_file(model)
+    source.tokenizer = partial(load_tokenizer, vocabulary)
+    run_dir.write(half, source, dtype="fp16")
+    weights = next(half.glob(f"step-*/{MODEL}"))
+    return [
+        _first_token(f"first token of a process {told.name}", options, told, model, model, vocabulary),
+        _first_token(f"first token of a process {told.name}, fp16 file", options, told, half, weights, vocabulary),
+    ]
+
+
+def _first_token(name: str, options: BenchOptions, told: Told, model: Path, weights: Path, vocabulary: Path) -> Case:
+    """weights: the file, of what `model` is, that holds them."""
+    from anert.plugin import split_name
+
     argv = [sys.executable, "-m", "anert", "sample", str(model), "--plugin", split_name(options.plugin)[0],
             "--tokenizer", str(vocabulary), "--prompt", PROMPT, "-n", "1", "--temperature", "0",
             "--threads", str(told.rt.pool.threads)]  # fmt: skip
@@ -143,5 +160,4 @@ def first_token(options: BenchOptions, told: Told, folder: tempfile.TemporaryDir
             raise AnertError(f"bench decode: anert sample ended with {process.returncode}: {complaint.strip()}")
         return seconds
 
-    notes = {"file_bytes": model.stat().st_size}
-    return Case(f"first token of a process {told.name}", run, "ms", notes=notes)
+    return Case(name, run, "ms", notes={"file_bytes": weights.stat().st_size})
