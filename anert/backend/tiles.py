@@ -327,6 +327,16 @@ class _Schedule:
                         self._stores(v, v.number, phase)
                 elif v.phase == phase and v.op != "load":
                     self._number(v.number, phase)
+        self._prune()
+
+    def _prune(self) -> None:
+        """Drop what computes a value that nothing of its body reads: later bodies compute it again. Counters count."""
+        needed, live = set(self.lasting), []
+        for i in reversed(self.instrs):
+            if i.dst < 0 or i.dst in needed or i.counter >= 0:
+                needed.update(i.sources())
+                live.append(i)
+        self.instrs = live[::-1]
 
     def _mark_kept(self) -> None:
         """Give a place in the tile to every value that a later body needs and that is dear to compute again."""
