@@ -83,7 +83,8 @@ static void convert_chunk(void *arg, int64_t index, int32_t thread) {
     else if (!job->clamp)
         (job->large ? kernels->stream_down : kernels->f32_to_f16)((const float *)job->src + from, (uint16_t *)job->dst + to, n);
     else
-        job->clamped += (job->large ? kernels->stream_clamp : kernels->clamp)((const float *)job->src + from, (uint16_t *)job->dst + to, n);
+        job->clamped += (job->large ? kernels->stream_clamp : kernels->clamp)((const float *)job->src + from,
+                                                                              (uint16_t *)job->dst + to, n);
     kernels->fence();
 }
 

@@ -101,25 +101,22 @@ AVX2 static inline __m256 within_avx2(__m256 x, size_t *past) {
     return y;
 }
 
-AVX2 static size_t clamp_avx2(const float *src, uint16_t *dst, size_t n) {
-    size_t i = 0, past = 0;
+/* stream: past the caches, whose stores want an aligned address. */
+AVX2 static inline size_t clamp_row(const float *src, uint16_t *dst, size_t n, bool stream) {
+    size_t i = stream ? MIN(n, (size_t)(-(uintptr_t)dst & 15) / 2) : 0, past = anert_fp16_clamp(src, dst, i);
     for (; i + 8 <= n; i += 8) {
         __builtin_prefetch(src + i + AHEAD);
-        __m256 x = within_avx2(_mm256_loadu_ps(src + i), &past);
-        _mm_storeu_si128((__m128i *)(dst + i), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+        __m128i halves = _mm256_cvtps_ph(within_avx2(_mm256_loadu_ps(src + i), &past), _MM_FROUND_TO_NEAREST_INT);
+        if (stream)
+            _mm_stream_si128((__m128i *)(dst + i), halves);
+        else
+            _mm_storeu_si128((__m128i *)(dst + i), halves);
     }
     return past + anert_fp16_clamp(src + i, dst + i, n - i);
 }
 
-AVX2 static size_t stream_clamp_avx2(const float *src, uint16_t *dst, size_t n) {
-    size_t i = MIN(n, (size_t)(-(uintptr_t)dst & 15) / 2), past = anert_fp16_clamp(src, dst, i);
-    for (; i + 8 <= n; i += 8) {
-        __builtin_prefetch(src + i + AHEAD);
-        __m256 x = within_avx2(_mm256_loadu_ps(src + i), &past);
-        _mm_stream_si128((__m128i *)(dst + i), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
-    }
-    return past + anert_fp16_clamp(src + i, dst + i, n - i);
-}
+AVX2 static size_t clamp_avx2(const float *src, uint16_t *dst, size_t n) { return clamp_row(src, dst, n, false); }
+AVX2 static size_t stream_clamp_avx2(const float *src, uint16_t *dst, size_t n) { return clamp_row(src, dst, n, true); }
 
 AVX2 static void stream_avx2(const uint16_t *src, uint16_t *dst, size_t n) {
     size_t i = 0;

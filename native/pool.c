@@ -20,7 +20,12 @@
 #include <dispatch/dispatch.h>
 #endif
 
-enum { POLITE_US = 10, SPIN_US = 200, MAX_THREADS = 1024, SLOTS = 8 }; /* SPIN_US: a sleep and its end take a tenth of that, a pause 1 to 50 ns */
+enum {
+    SPIN_US = 200,  /* longer than what Python does between two kernels; a count of pauses says nothing, one takes 1 to 50 ns */
+    POLITE_US = 10, /* of them, before others get a chance to run */
+    MAX_THREADS = 1024,
+    SLOTS = 8
+};
 #define HUGE_PAGE ((size_t)2 << 20)
 #define CLOSED UINT32_MAX /* as an index: nothing to claim */
 
@@ -59,18 +64,17 @@ static void relax(void) {
 #endif
 }
 
-/* One turn of a spin; false once SPIN_US have passed since *start, which is 0 at the first turn. After POLITE_US of them
- * whoever else wants the processor may have it. */
-static bool spin(int64_t *start) {
+/* One turn of a spin; false once SPIN_US have passed since *since, which is 0 at the first turn. */
+static bool spin(int64_t *since) {
     struct timespec t;
     for (int i = 0; i < 16; i++)
         relax();
     clock_gettime(CLOCK_MONOTONIC, &t);
     int64_t us = (int64_t)t.tv_sec * 1000000 + t.tv_nsec / 1000;
-    *start = *start != 0 ? *start : us;
-    if (us - *start > POLITE_US)
+    *since = *since != 0 ? *since : us;
+    if (us - *since > POLITE_US)
         sched_yield();
-    return us - *start < SPIN_US;
+    return us - *since < SPIN_US;
 }
 
 /* How often this process is a fork of one that had a pool: asked at each loop, so no system call. */
@@ -132,7 +136,7 @@ static void *worker_main(void *start) {
     int32_t thread = ((worker_start *)start)->thread;
     free(start);
     while (!atomic_load(&pool->stop)) {
-        for (int64_t start = 0; !has_work(pool) && spin(&start);)
+        for (int64_t since = 0; !has_work(pool) && spin(&since);)
             ;
         if (!has_work(pool)) {
             pthread_mutex_lock(&pool->mutex);
@@ -180,7 +184,7 @@ static void run_job(anert_pool *pool) {
         pthread_mutex_unlock(&pool->mutex);
     }
     take_indices(pool, 0);
-    for (int64_t start = 0; atomic_load(&pool->remaining) != 0 && spin(&start);)
+    for (int64_t since = 0; atomic_load(&pool->remaining) != 0 && spin(&since);)
         ;
     if (atomic_load(&pool->remaining) == 0)
         return;

@@ -228,8 +228,8 @@ static anert_status one(anert_pool *pool, int64_t m, int64_t k, float alpha, con
     char *scratch = anert_pool_scratch(pool, 0, SCRATCH, (size_t)(ROUND_UP(k, 64) + groups * 8));
     if (scratch == NULL)
         return anert_fail(err, ANERT_ENOMEM, "int8: no memory for a column of %lld", (long long)k);
-    column_job j = {.block = block_for(anert_pool_isa(pool)), .fp16 = anert_fp16_kernels_for(anert_pool_isa(pool)), .a = a, .m = m, .k = k, .blocks = blocks_of(m), .alpha = alpha,
-                    .beta = beta, .c = c};
+    column_job j = {.block = block_for(anert_pool_isa(pool)), .fp16 = anert_fp16_kernels_for(anert_pool_isa(pool)), .a = a,
+                    .m = m, .k = k, .blocks = blocks_of(m), .alpha = alpha, .beta = beta, .c = c};
     j.x = (column){(int8_t *)scratch, (float *)(scratch + ROUND_UP(k, 64)), (int32_t *)(scratch + ROUND_UP(k, 64) + groups * 4)};
     quantise(&b, k, j.x);
     bool small = j.blocks * block_bytes(k) < SERIAL_BYTES;

@@ -181,7 +181,10 @@ def test_bad_calls(both):
 def test_columns_move_to_where_they_are_told(rows, cols, other, data):
     source = np.arange(rows * cols, dtype=np.float16).reshape(rows, cols)
     target = np.full((rows, other + 2), -1, np.float16)  # two columns beside it
-    at = lambda a, width: (ffi.cast("uint16_t *", a.ctypes.data), rows, width, a.shape[1])  # noqa: E731
+
+    def at(a, width):
+        return ffi.cast("uint16_t *", a.ctypes.data), rows, width, a.shape[1]
+
     moves = Moves([(at(source, cols), at(target, other))], (source, target))
     count = data.draw(st.integers(0, min(cols, other)))
     a, b = data.draw(st.integers(0, cols - count)), data.draw(st.integers(0, other - count))
