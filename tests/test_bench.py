@@ -221,10 +221,11 @@ def test_torch_is_measured_beside(capsys: pytest.CaptureFixture[str], monkeypatc
 # ---- peers of decoding
 
 LLAMA_BENCH = """#!{python}
-import json, sys
+import json, os, sys
 argv = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 data = open(argv["-m"], "rb").read(4)
 assert data == b"GGUF" and argv["-r"] == "1" and argv["-t"] == "1"
+assert "OMP_WAIT_POLICY" not in os.environ, "a peer waits as it was built to"
 print(json.dumps([{{"avg_ns": 2e6 * (int(argv["-n"]) + int(argv["-p"]))}}]))
 """
 RUN = """#!{python}
@@ -245,8 +246,10 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_peers_of_decode(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Stand-ins for the two programs: they check the files and arguments that they get, and answer as those do."""
+def test_peers_of_decode(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for the two programs: they check the files, arguments and environment that they get, and answer as
+    those do."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     bench, other = script(tmp_path / "llama-bench", LLAMA_BENCH), script(tmp_path / "run", RUN)
     argv = ("decode", TINY, "--seq-len", "64", "--threads", "1", *FAST)
     code, report, err = run(capsys, *argv, "--peer", f"llamacpp={bench}", "--peer", f"llama2c={other}")

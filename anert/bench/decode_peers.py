@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from anert.bench.measure import Case
+from anert.bench.measure import Case, let_peers_wait
 from anert.bench.options import BenchOptions
 from anert.errors import AnertError, InputError
 
@@ -34,6 +34,7 @@ def peer_cases(name: str, options: BenchOptions, told: Told, ours: list[Case],
     where none runs."""
     if set(told.model.layer_params(told.config)) != set(LAYER):
         raise InputError(f"{told.name} is no Llama-style model: the peers run no other")
+    let_peers_wait()
     threads, where = told.rt.pool.threads, Path(folder.name)
     made: list[Case] = []
     complaints: list[str] = []

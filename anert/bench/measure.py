@@ -27,6 +27,16 @@ SETTLE_S = 0.02
 """A run shorter than this is repeated within one timing, so that the clock and the scheduler do not matter."""
 
 
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""How OpenMP's threads wait. `passive`, set in a shell, made llama.cpp 4 to 7 times as slow at two threads."""
+
+
+def let_peers_wait() -> None:
+    """Have peers that start from now on wait as they were built to, whatever this process' environment says."""
+    for name in WAITING:
+        os.environ.pop(name, None)
+
+
 @dataclass(slots=True)
 class Case:
     """One thing to time. `run()` does it once; its result is checked by `verify` before and after the timing. A run

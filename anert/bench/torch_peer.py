@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from anert.bench.measure import Case
+from anert.bench.measure import Case, let_peers_wait
 from anert.bench.options import BenchOptions
 from anert.errors import InputError
 
@@ -17,6 +17,7 @@ from anert.errors import InputError
 def peer_cases(name: str, options: BenchOptions, ours: Case) -> list[Case]:
     """`torch eager` and `torch compile` for `forward` or `train`; our case gets the first as its baseline."""
     try:
+        let_peers_wait()  # before its OpenMP reads the environment
         import torch
     except ImportError:
         raise InputError("--peer torch needs PyTorch: pip install torch (2.13.0 is the one we measured)") from None
