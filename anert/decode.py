@@ -20,7 +20,7 @@ from anert import ffi
 from anert.backend.base import Binding, Program
 from anert.blocks import BlockKernels, build_cached_blocks, mixing_block
 from anert.errors import InputError, StateError, UnsupportedError
-from anert.ffi import call
+from anert.ffi import Pool, call
 from anert.head import Head
 from anert.kernel import Kernel, Slot, round_up
 from anert.model import Decoder
@@ -45,8 +45,9 @@ Matrix = tuple[Any, int, int, int]
 class Moves:
     """Columns of some matrices into columns of others of as many rows, in one native call."""
 
-    def __init__(self, pairs: Sequence[tuple[Matrix, Matrix]], keep: object) -> None:
-        self._items, self._n, self._keep = ffi.ffi.new("anert_columns[]", max(1, len(pairs))), len(pairs), keep
+    def __init__(self, pool: Pool, pairs: Sequence[tuple[Matrix, Matrix]], keep: object) -> None:
+        self._items, self._n = ffi.ffi.new("anert_columns[]", max(1, len(pairs))), len(pairs)
+        self._pool, self._keep = pool, keep
         self._err = ffi.error()
         for item, ((src, rows, src_cols, src_stride), (dst, _, dst_cols, dst_stride)) in zip(
             self._items, pairs, strict=False
@@ -56,7 +57,7 @@ class Moves:
 
     def run(self, source: int, target: int, count: int) -> None:
         """Columns [source, source + count) of each source become [target, target + count) of its target."""
-        call(ffi.lib.anert_columns_move, self._items, self._n, source, target, count, err=self._err)
+        call(ffi.lib.anert_columns_move, self._pool.ptr, self._items, self._n, source, target, count, err=self._err)
 
 
 @dataclass(slots=True)
@@ -210,8 +211,8 @@ class Session:
         filled = shared(where.surface for where in (x[0], *rotations))
         made, kept = (shared(pair[side].surface for pair in new) for side in range(2))
         flops = self.layers * sum(self._compile(k, b).stats.flops_executed for b in blocks for k in b.forward)
-        return _Width(size, head, x, rt.backend.chain(bindings), Moves(before, self._tables), Moves(after, seen),
-                      np.zeros(size, np.int32), flops, touched, filled, made,
+        return _Width(size, head, x, rt.backend.chain(bindings), Moves(rt.pool, before, self._tables),
+                      Moves(rt.pool, after, seen), np.zeros(size, np.int32), flops, touched, filled, made,
                       [*kept, *shared([self._past.surface])])  # fmt: skip
 
     def _bind(self, kernel: Kernel, env: dict[str, Location], block: BlockKernels, layer: int, j: int,

@@ -305,13 +305,14 @@ typedef struct {
 } anert_link;
 anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_pool *pool, void *arena, anert_error *err);
 /* Columns [from, from + count) of src (rows, src_cols) fp16 become columns [to, to + count) of dst (rows, dst_cols), for each of
- * n: new keys and values into their cache, rotations out of their table. Strides of rows are in elements. */
+ * n: new keys and values into their cache, rotations out of their table. Strides of rows are in elements. pool: NULL, or whose
+ * threads share the rows. */
 typedef struct {
     const uint16_t *src;
     uint16_t *dst;
     int64_t rows, src_cols, dst_cols, src_stride, dst_stride;
 } anert_columns;
-anert_status anert_columns_move(const anert_columns *columns, int32_t n, int64_t from, int64_t to, int64_t count,
+anert_status anert_columns_move(anert_pool *pool, const anert_columns *columns, int32_t n, int64_t from, int64_t to, int64_t count,
                                 anert_error *err);
 /* How many values counter i saw overflow fp16 since the plan was made; reset sets it to 0. */
 uint64_t anert_plan_counter(anert_plan *plan, int32_t i, int32_t reset);

@@ -12,25 +12,48 @@ anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_poo
     return status;
 }
 
-static void move(const anert_columns *c, const uint16_t *src, uint16_t *dst, int64_t count) {
-    if (count == 1) /* of each row another line: no call for 2 bytes */
-        for (int64_t r = 0; r < c->rows; r++)
+/* ---- Columns ---- */
+enum { SERIAL_ROWS = 512 }; /* below, waking a thread costs more than it saves */
+
+typedef struct {
+    const anert_columns *columns;
+    int32_t n, parts;
+    int64_t from, to, count;
+} moving;
+
+/* Part index / n of the rows of matrix index % n: the first part of every matrix, then the second. So a thread writes the rows
+ * that it reads in the next product. */
+static void move_part(void *arg, int64_t index, int32_t thread) {
+    (void)thread;
+    const moving *job = arg;
+    const anert_columns *c = &job->columns[index % job->n];
+    int64_t part = index / job->n, first = c->rows * part / job->parts, end = c->rows * (part + 1) / job->parts;
+    const uint16_t *src = c->src + job->from;
+    uint16_t *dst = c->dst + job->to;
+    if (job->count == 1) /* of each row another line: no call for 2 bytes */
+        for (int64_t r = first; r < end; r++)
             dst[r * c->dst_stride] = src[r * c->src_stride];
     else
-        for (int64_t r = 0; r < c->rows; r++)
-            memcpy(dst + r * c->dst_stride, src + r * c->src_stride, (size_t)count * sizeof *dst);
+        for (int64_t r = first; r < end; r++)
+            memcpy(dst + r * c->dst_stride, src + r * c->src_stride, (size_t)job->count * sizeof *dst);
 }
 
-anert_status anert_columns_move(const anert_columns *columns, int32_t n, int64_t from, int64_t to, int64_t count,
+anert_status anert_columns_move(anert_pool *pool, const anert_columns *columns, int32_t n, int64_t from, int64_t to, int64_t count,
                                 anert_error *err) {
+    int64_t rows = 0;
     if (n < 0 || (n > 0 && columns == NULL) || from < 0 || to < 0 || count < 0)
         return anert_fail(err, ANERT_EINVAL, "columns: %d of them, %lld from %lld to %lld", n, (long long)count,
                           (long long)from, (long long)to);
-    for (int32_t i = 0; i < n; i++)
+    for (int32_t i = 0; i < n; i++) {
         if (count > columns[i].src_cols - from || count > columns[i].dst_cols - to)
             return anert_fail(err, ANERT_EINVAL, "columns: %lld from %lld of %lld do not fit at %lld of %lld", (long long)count,
                               (long long)from, (long long)columns[i].src_cols, (long long)to, (long long)columns[i].dst_cols);
-    for (int32_t i = 0; i < n; i++)
-        move(&columns[i], columns[i].src + from, columns[i].dst + to, count);
+        rows += columns[i].rows;
+    }
+    moving job = {columns, n, rows < SERIAL_ROWS ? 1 : anert_pool_threads(pool), from, to, count};
+    if (job.parts > 1)
+        anert_parallel_for(pool, (int64_t)n * job.parts, move_part, &job);
+    for (int32_t i = 0; job.parts == 1 && i < n; i++)
+        move_part(&job, i, 0);
     return ANERT_OK;
 }

@@ -82,7 +82,6 @@ typedef struct {
     int64_t group_batch, group_cols;            /* of B, packed at a time */
     int64_t first_batch, batches, first_col, cols; /* the group that is being computed */
     float *b_panels;                            /* (batch, block of k, panel); C thin: (batch, n, k), unless n = 1 */
-    int32_t threads;
     int64_t task_rows, task_cols, row_tasks, col_tasks, tasks;
     size_t scratch; /* bytes per thread, without shared panels */
     anert_pool *pool;
@@ -187,13 +186,13 @@ static void pack_columns(const problem *p, int64_t index) {
     p->kernel->pack_b(&b, MIN(pack_cols(p), p->cols - col), depth, panels);
 }
 
-/* What the thread will most likely pack next: the task's rows in the next block of k, or those of the task that it takes when
- * all threads are equally fast. */
+/* What the thread will most likely pack next: the task's rows in the next block of k, or those of the next task, which is its
+ * own too unless another thread is faster. */
 static gemm_ahead next_rows(const problem *p, int64_t batch, int64_t row, int64_t k, int64_t steps) {
     k += p->depth;
     if (k >= p->k) {
         k = 0;
-        row += p->task_rows * p->threads;
+        row += p->task_rows;
     }
     int64_t rows = MIN(p->task_rows, p->m - row), depth = MIN(p->depth, p->k - k), size = p->a.dtype == ANERT_F32 ? 4 : 2;
     if (rows <= 0 || steps == 0 || (p->a.col_stride != 1 && p->a.row_stride != 1))
@@ -285,7 +284,8 @@ static void cut(problem *p, int32_t threads) {
     int64_t wanted = threads > 1 ? (int64_t)threads * TASKS_PER_THREAD : 1;
     int64_t rows = TASK_ROWS, cols = TASK_COLS;
     if (p->thin) {
-        p->task_rows = even_part(p->m, MIN(column_rows(p->k), divide_up(p->m, wanted)), THIN_ROWS);
+        int64_t each = divide_up(p->m, divide_up(wanted, p->batches));
+        p->task_rows = even_part(p->m, MIN(column_rows(p->k), each), THIN_ROWS);
         p->task_cols = p->n;
     } else {
         for (;;) {
@@ -300,7 +300,6 @@ static void cut(problem *p, int32_t threads) {
                 cols /= 2;
         }
     }
-    p->threads = threads;
     p->row_tasks = divide_up(p->m, p->task_rows);
     p->col_tasks = divide_up(p->cols, p->task_cols);
     p->tasks = p->batches * p->row_tasks * p->col_tasks;

@@ -1,7 +1,10 @@
-/* pool.c: a few threads that take indices of one loop from an atomic counter, spin briefly, then sleep.
+/* pool.c: a few threads that take indices of one loop from atomic counters, spin briefly, then sleep.
  *
- * `state` packs (generation, next index) in one word. A worker copies the job, then claims an index by compare-exchange:
- * success proves that the generation, hence the copied job, was current. Nobody waits for a worker that never came: the
+ * The indices are cut into as many ranges as there are threads, and a thread takes those of its own range before it helps with
+ * others: what it reads is what it read in the last such loop, and follows what it has just read. (Lines that another core
+ * read last come slower, even when that core has dropped them.) A range's `state` packs (generation, next index) in one word.
+ * A worker copies the job, then claims an index by compare-exchange: success proves that the generation, hence the copied
+ * job, was current. Nobody waits for a worker that never came: the
  * caller takes indices too and returns when all of them are done, so a sleeping or descheduled worker costs nothing.
  *
  * fork: a child has the pool but not its threads. It computes on its calling thread alone, with the same bits. */
@@ -34,6 +37,11 @@ typedef struct {
     size_t size;
 } block;
 
+/* A line of its own, or threads would take it from each other. */
+typedef struct {
+    _Alignas(64) _Atomic uint64_t state;
+} range;
+
 struct anert_pool {
     int32_t n_threads, isa;
     uint32_t owner; /* `forks` when it was made */
@@ -43,7 +51,7 @@ struct anert_pool {
     _Atomic(void *) arg;
     _Atomic int64_t base;
     _Atomic uint32_t n;
-    _Atomic uint64_t state;
+    range *ranges; /* (n_threads) */
     _Atomic uint32_t remaining;
     uint32_t generation;
     pthread_mutex_t mutex; /* guards the two conditions and stop */
@@ -97,19 +105,23 @@ void anert_pool_leave(anert_pool *pool) {
         pthread_mutex_unlock(gate_of(pool));
 }
 
-/* Runs indices of the current job until none is left to claim. */
-static void take_indices(anert_pool *pool, int32_t thread) {
-    uint64_t state = atomic_load_explicit(&pool->state, memory_order_acquire);
+static uint32_t range_start(const anert_pool *pool, uint32_t n, int32_t r) {
+    return (uint32_t)((uint64_t)n * (uint32_t)r / (uint32_t)pool->n_threads);
+}
+
+/* Runs indices of range r of the current job until none is left to claim. */
+static void take_range(anert_pool *pool, int32_t r, int32_t thread) {
+    _Atomic uint64_t *word = &pool->ranges[r].state;
+    uint64_t state = atomic_load_explicit(word, memory_order_acquire);
     for (;;) {
         anert_body *body = atomic_load_explicit(&pool->body, memory_order_acquire);
         void *arg = atomic_load_explicit(&pool->arg, memory_order_acquire);
         int64_t base = atomic_load_explicit(&pool->base, memory_order_acquire);
         uint32_t n = atomic_load_explicit(&pool->n, memory_order_acquire);
         uint32_t index = (uint32_t)state;
-        if (index == CLOSED || index >= n)
+        if (index == CLOSED || index >= range_start(pool, n, r + 1))
             return;
-        if (!atomic_compare_exchange_weak_explicit(&pool->state, &state, state + 1, memory_order_acq_rel,
-                                                   memory_order_acquire))
+        if (!atomic_compare_exchange_weak_explicit(word, &state, state + 1, memory_order_acq_rel, memory_order_acquire))
             continue;
         body(arg, base + index, thread);
         if (atomic_fetch_sub(&pool->remaining, 1) == 1 && atomic_load(&pool->waiting)) {
@@ -117,13 +129,23 @@ static void take_indices(anert_pool *pool, int32_t thread) {
             pthread_cond_signal(&pool->done);
             pthread_mutex_unlock(&pool->mutex);
         }
-        state = atomic_load_explicit(&pool->state, memory_order_acquire);
+        state = atomic_load_explicit(word, memory_order_acquire);
     }
 }
 
+static void take_indices(anert_pool *pool, int32_t thread) {
+    for (int32_t i = 0; i < pool->n_threads; i++)
+        take_range(pool, (thread + i) % pool->n_threads, thread);
+}
+
 static bool has_work(anert_pool *pool) {
-    uint64_t state = atomic_load(&pool->state);
-    return (uint32_t)state != CLOSED && (uint32_t)state < atomic_load(&pool->n);
+    uint32_t n = atomic_load(&pool->n);
+    for (int32_t r = 0; r < pool->n_threads; r++) {
+        uint32_t index = (uint32_t)atomic_load(&pool->ranges[r].state);
+        if (index != CLOSED && index < range_start(pool, n, r + 1))
+            return true;
+    }
+    return false;
 }
 
 typedef struct {
@@ -155,13 +177,15 @@ static void *worker_main(void *start) {
  * exchange fails: no index of a half-written job is ever claimed. */
 static void open_job(anert_pool *pool, anert_body *body, void *arg, int64_t base, uint32_t n) {
     uint64_t generation = (uint64_t)++pool->generation << 32;
-    atomic_store(&pool->state, generation | CLOSED);
+    for (int32_t r = 0; r < pool->n_threads; r++)
+        atomic_store(&pool->ranges[r].state, generation | CLOSED);
     atomic_store_explicit(&pool->body, body, memory_order_release);
     atomic_store_explicit(&pool->arg, arg, memory_order_release);
     atomic_store_explicit(&pool->base, base, memory_order_release);
     atomic_store_explicit(&pool->n, n, memory_order_release);
     atomic_store(&pool->remaining, n);
-    atomic_store(&pool->state, generation);
+    for (int32_t r = 0; r < pool->n_threads; r++)
+        atomic_store(&pool->ranges[r].state, generation | range_start(pool, n, r));
 }
 
 #if defined(__APPLE__)
@@ -263,12 +287,14 @@ anert_status anert_pool_new(int32_t n_threads, int32_t isa, anert_pool **out, an
     pool->isa = isa == ANERT_ISA_AUTO ? anert_isa_best() : isa;
     pthread_once(&watch, watch_forks);
     pool->owner = atomic_load(&forks);
-    atomic_store(&pool->state, CLOSED);
     init_locks(pool);
+    pool->ranges = aligned_alloc(64, (size_t)n_threads * sizeof *pool->ranges);
+    for (int32_t r = 0; pool->ranges != NULL && r < n_threads; r++)
+        atomic_init(&pool->ranges[r].state, CLOSED);
     pool->workers = calloc((size_t)n_threads, sizeof *pool->workers);
     pool->scratch = calloc((size_t)n_threads * SLOTS, sizeof *pool->scratch);
     anert_status status = ANERT_OK;
-    if (pool->workers == NULL || pool->scratch == NULL)
+    if (pool->ranges == NULL || pool->workers == NULL || pool->scratch == NULL)
         status = anert_fail(err, ANERT_ENOMEM, "no memory for a pool of %d threads", n_threads);
     else
         status = start_workers(pool, err);
@@ -300,6 +326,7 @@ void anert_pool_free(anert_pool *pool) {
         free(pool->scratch[i].data);
     free(pool->scratch);
     free(pool->workers);
+    free(pool->ranges);
     free(pool);
 }
 

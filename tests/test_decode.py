@@ -16,7 +16,7 @@ from anert.blocks import build_cached_blocks, columnwise, mixing_block
 from anert.capabilities import ANE
 from anert.decode import WIDTHS, Moves, Session, Windowed, open_session, widths_for
 from anert.errors import CompileError, InputError, StateError, UnsupportedError
-from anert.ffi import ffi
+from anert.ffi import Pool, ffi
 from anert.kernel import Slot
 from anert.mil import ops
 from anert.mil.lint import lint
@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SEQ_LEN = 48
 LOGIT_ERROR = 2e-3
 """Of the largest logit: fp16 weights, caches and residual stream against float32 throughout."""
+POOLS = {n: Pool(threads=n) for n in (1, 3)}
 
 
 @pytest.fixture(scope="module")
@@ -177,19 +178,20 @@ def test_bad_calls(both):
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 5), cols=st.integers(1, 9), other=st.integers(1, 9), data=st.data())
-def test_columns_move_to_where_they_are_told(rows, cols, other, data):
-    source = np.arange(rows * cols, dtype=np.float16).reshape(rows, cols)
-    target = np.full((rows, other + 2), -1, np.float16)  # two columns beside it
+@given(rows=st.one_of(st.integers(1, 5), st.integers(511, 515)), cols=st.integers(1, 9), other=st.integers(1, 9),
+       threads=st.sampled_from(sorted(POOLS)), data=st.data())  # fmt: skip
+def test_columns_move_to_where_they_are_told(rows, cols, other, threads, data):
+    source = np.arange(rows * cols, dtype=np.uint16).reshape(rows, cols)
+    target = np.full((rows, other + 2), 0xFFFF, np.uint16)  # two columns beside it
 
     def at(a, width):
         return ffi.cast("uint16_t *", a.ctypes.data), rows, width, a.shape[1]
 
-    moves = Moves([(at(source, cols), at(target, other))], (source, target))
+    moves = Moves(POOLS[threads], [(at(source, cols), at(target, other))], (source, target))
     count = data.draw(st.integers(0, min(cols, other)))
     a, b = data.draw(st.integers(0, cols - count)), data.draw(st.integers(0, other - count))
     moves.run(a, b, count)
-    want = np.full_like(target, -1)
+    want = np.full_like(target, 0xFFFF)
     want[:, b : b + count] = source[:, a : a + count]
     assert np.array_equal(target, want)
     for bad in ((cols - count + 1, b), (a, other - count + 1), (-1, b)):

@@ -33,6 +33,18 @@ void probe_count(anert_pool *pool, int64_t n, int64_t pause_ns, int32_t *counts,
     anert_parallel_for(pool, n, count, &j);
 }
 
+typedef struct { int32_t *who; int64_t pause_ns; } roll;
+static void sign(void *arg, int64_t index, int32_t thread) {
+    roll *r = arg;
+    nanosleep(&(struct timespec){0, r->pause_ns}, NULL);
+    r->who[index] = thread;
+}
+
+void probe_who(anert_pool *pool, int64_t n, int64_t pause_ns, int32_t *who) {
+    roll r = {who, pause_ns};
+    anert_parallel_for(pool, n, sign, &r);
+}
+
 /* Plain memory, so that a missing happens-before shows in TSan and a lost or doubled index in the sum. */
 static void add(void *arg, int64_t index, int32_t thread) { (void)thread; ((int64_t *)arg)[index] += index; }
 
@@ -87,6 +99,7 @@ int main(void) {
 }
 """
 CDEF = """
+void probe_who(anert_pool *pool, int64_t n, int64_t pause_ns, int32_t *who);
 void probe_count(anert_pool *pool, int64_t n, int64_t pause_ns, int32_t *counts, int32_t *threads);
 int64_t probe_rounds(anert_pool *pool, int64_t rounds);
 int64_t probe_scratch(anert_pool *pool);
@@ -133,6 +146,16 @@ def test_all_threads_take_part(probe):
     lib.probe_count(pool, 60, 1_000_000, counts, by_thread)
     assert list(counts) == [1] * 60
     assert min(list(by_thread)[:3]) > 0
+
+
+def test_a_thread_takes_neighbours(probe):
+    """What follows an index is mostly the same thread's: one that is late has its range taken by others."""
+    ffi, lib = probe
+    who = ffi.new("int32_t[]", 60)
+    lib.probe_who(new_pool(probe, 3), 60, 1_000_000, who)
+    changes = sum(a != b for a, b in zip(list(who), list(who)[1:], strict=False))
+    assert who[0] == 0, "the caller begins with its own"
+    assert 2 <= changes < 30, f"{list(who)}"
 
 
 def test_many_small_loops(probe):
