@@ -41,12 +41,41 @@ size_t anert_fp16_clamp(const float *src, uint16_t *dst, size_t n) {
     return past;
 }
 
+static void turn_square(const anert_fp16_kernels *kernels, bool stream, const uint16_t *src, size_t ss, uint16_t *dst, size_t ds,
+                        size_t rows, size_t cols) {
+    uint16_t turned[BLOCK * BLOCK];
+    kernels->transpose(src, ss, turned, BLOCK, rows, cols);
+    for (size_t c = 0; c < cols; c++)
+        if (stream)
+            kernels->stream(turned + c * BLOCK, dst + c * ds, rows);
+        else
+            memcpy(dst + c * ds, turned + c * BLOCK, rows * sizeof *dst);
+}
+
+void anert_fp16_turn(const anert_fp16_kernels *kernels, bool stream, const uint16_t *src, size_t ss, uint16_t *dst, size_t ds,
+                     size_t rows, size_t cols) {
+    bool lines = stream && kernels->turn_lines != NULL && (uintptr_t)dst % LINE == 0 && ds % (LINE / sizeof *dst) == 0;
+    for (size_t c = 0; c < cols; c += BLOCK)
+        for (size_t r = 0; r < rows; r += BLOCK) {
+            size_t down = MIN(rows - r, (size_t)BLOCK), along = MIN(cols - c, (size_t)BLOCK);
+            const uint16_t *from = src + r * ss + c;
+            uint16_t *to = dst + c * ds + r;
+            if (!lines || down < BLOCK || along < BLOCK) {
+                turn_square(kernels, stream, from, ss, to, ds, down, along);
+                continue;
+            }
+            for (size_t k = 0; k < BLOCK; k += 16) /* the two lines of a column one after the other: memory likes pairs */
+                for (size_t i = 0; i < BLOCK; i += 32)
+                    kernels->turn_lines(from + i * ss + k, ss, to + k * ds + i, ds);
+        }
+}
+
 static void copy(const uint16_t *src, uint16_t *dst, size_t n) { memcpy(dst, src, n * sizeof *dst); }
 static void fence(void) {}
 
 static const anert_fp16_kernels scalar = {anert_fp16_down, anert_fp16_up, anert_fp16_down_block, anert_fp16_up_block,
                                           anert_fp16_turn_block, anert_fp16_clamp, anert_fp16_clamp, copy, anert_fp16_down,
-                                          anert_fp16_up, fence};
+                                          anert_fp16_up, fence, NULL};
 
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa) {
     switch (anert_isa_vectors(isa)) {
@@ -112,10 +141,17 @@ static void ask(const conversion *job, const char *next, size_t rows, size_t ste
         __builtin_prefetch(next + at);
 }
 
+static void widen_square(const conversion *job, const uint16_t *halves, float *dst, size_t rows, size_t cols) {
+    uint16_t turned[BLOCK * BLOCK];
+    job->kernels->transpose(halves, PITCH, turned, BLOCK, rows, cols);
+    for (size_t c = 0; c < cols; c++)
+        (job->large ? job->kernels->stream_up : job->kernels->f16_to_f32)(turned + c * BLOCK, dst + c * job->ds, rows);
+}
+
 static void convert_band(void *arg, int64_t index, int32_t thread) {
     conversion *job = arg;
     const anert_fp16_kernels *kernels = job->kernels;
-    uint16_t halves[BLOCK * PITCH], turned[BLOCK * BLOCK];
+    uint16_t halves[BLOCK * PITCH];
     size_t row = (size_t)index / job->across * BLOCK, first = (size_t)index % job->across * BAND, past = 0;
     size_t rows = MIN(job->rows - row, (size_t)BLOCK), end = MIN(job->cols, first + BAND);
     size_t size = job->down ? sizeof(float) : sizeof(uint16_t);
@@ -124,16 +160,14 @@ static void convert_band(void *arg, int64_t index, int32_t thread) {
         size_t cols = MIN(end - col, (size_t)TILE), from = row * job->ss + col;
         const char *next = col + 2 * TILE <= end ? (const char *)job->src + (from + TILE) * size : NULL;
         past += gather(job, from, rows, cols, halves);
-        for (size_t c = 0; c < cols; c++) {
-            const uint16_t *column = turned + c % BLOCK * BLOCK;
-            size_t to = (col + c) * job->ds + row;
-            if (c % BLOCK == 0)
-                kernels->transpose(halves + c, PITCH, turned, BLOCK, rows, MIN(cols - c, (size_t)BLOCK));
-            ask(job, next, rows, c);
+        for (size_t c = 0; c < cols; c += BLOCK) {
+            size_t along = MIN(cols - c, (size_t)BLOCK), to = (col + c) * job->ds + row;
+            for (size_t k = 0; k < along; k++)
+                ask(job, next, rows, c + k);
             if (job->down)
-                (job->large ? kernels->stream : copy)(column, (uint16_t *)job->dst + to, rows);
+                anert_fp16_turn(kernels, job->large, halves + c, PITCH, (uint16_t *)job->dst + to, job->ds, rows, along);
             else
-                (job->large ? kernels->stream_up : kernels->f16_to_f32)(column, (float *)job->dst + to, rows);
+                widen_square(job, halves + c, (float *)job->dst + to, rows, along);
         }
     }
     kernels->fence();

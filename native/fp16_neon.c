@@ -139,5 +139,5 @@ static void stream_neon(const uint16_t *src, uint16_t *dst, size_t n) { memcpy(d
 static void fence_neon(void) {}
 
 const anert_fp16_kernels anert_fp16_neon = {down_neon, up_neon, down_block_neon, up_block_neon, turn_block_neon, clamp_neon,
-                                            clamp_neon, stream_neon, down_neon, up_neon, fence_neon};
+                                            clamp_neon, stream_neon, down_neon, up_neon, fence_neon, NULL};
 #endif

@@ -1,8 +1,11 @@
 /* fp16_x86.c: the row and block converters of F16C/AVX2 and of AVX-512. */
+#define VEC_AVX512 /* of the AVX-512 part alone */
 #include "internal.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+
+#include "vec.h"
 
 enum { AHEAD = 1024 }; /* elements: a page of fp32, where hardware prefetch stops */
 
@@ -148,7 +151,7 @@ AVX2 static void stream_up_avx2(const uint16_t *src, float *dst, size_t n) {
 static void fence(void) { _mm_sfence(); }
 
 const anert_fp16_kernels anert_fp16_avx2 = {down_avx2, up_avx2, down_block_avx2, up_block_avx2, turn_block_avx2, clamp_avx2,
-                                            stream_clamp_avx2, stream_avx2, stream_down_avx2, stream_up_avx2, fence};
+                                            stream_clamp_avx2, stream_avx2, stream_down_avx2, stream_up_avx2, fence, NULL};
 
 AVX512 static void down_avx512(const float *src, uint16_t *dst, size_t n) {
     size_t i = 0;
@@ -224,7 +227,26 @@ AVX512 static void stream_up_avx512(const uint16_t *src, float *dst, size_t n) {
     anert_fp16_up(src + i, dst + i, n - i);
 }
 
+/* Pairs of rows as words of 32 bits, which 16 x 16 transpose: then a column of 32 halves is a register, and a line. */
+AVX512 static void turn_lines_avx512(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds) {
+    enum { ROWS = 32, COLS = 16 };
+    uint16_t order[ROWS];
+    for (int i = 0; i < COLS; i++)
+        order[2 * i] = (uint16_t)i, order[2 * i + 1] = (uint16_t)(COLS + i);
+    const __m512i interleave = _mm512_loadu_si512(order);
+    vf pairs[COLS];
+    for (size_t i = 0; i < COLS; i++) {
+        __m256i even = _mm256_loadu_si256((const __m256i *)(src + 2 * i * ss));
+        __m256i odd = _mm256_loadu_si256((const __m256i *)(src + (2 * i + 1) * ss));
+        __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(even), odd, 1);
+        pairs[i] = _mm512_castsi512_ps(_mm512_permutexvar_epi16(interleave, both));
+    }
+    vf_transpose(pairs);
+    for (size_t c = 0; c < COLS; c++)
+        vf_stream((float *)(void *)(dst + c * ds), pairs[c]);
+}
+
 /* Transposes are bound by their loads and stores of 8 halves: the AVX2 ones serve. */
 const anert_fp16_kernels anert_fp16_avx512 = {down_avx512, up_avx512, down_block_avx2, up_block_avx2, turn_block_avx2, clamp_avx512,
-                                              stream_clamp_avx512, stream_avx512, stream_down_avx512, stream_up_avx512, fence};
+                                              stream_clamp_avx512, stream_avx512, stream_down_avx512, stream_up_avx512, fence, turn_lines_avx512};
 #endif

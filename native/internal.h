@@ -64,8 +64,14 @@ typedef struct {
     void (*stream_down)(const float *src, uint16_t *dst, size_t n);
     void (*stream_up)(const uint16_t *src, float *dst, size_t n);
     void (*fence)(void);
+    /* Past the caches too: 32 rows by 16 columns become 16 lines of dst, aligned to 64 bytes and ds apart; NULL where the CPU
+     * has no such store. */
+    void (*turn_lines)(const uint16_t *src, size_t ss, uint16_t *dst, size_t ds);
 } anert_fp16_kernels;
 const anert_fp16_kernels *anert_fp16_kernels_for(int32_t isa); /* isa resolved, not AUTO */
+/* fp16.c: dst (cols, rows) = transpose of halves (rows, cols), of any size; stream: past the caches, fence behind it. */
+void anert_fp16_turn(const anert_fp16_kernels *kernels, bool stream, const uint16_t *src, size_t ss, uint16_t *dst, size_t ds,
+                     size_t rows, size_t cols);
 /* fp16_x86.c, fp16_neon.c */
 extern const anert_fp16_kernels anert_fp16_avx2, anert_fp16_avx512, anert_fp16_neon;
 /* The scalar converters, for what is left over beside a vector loop. */

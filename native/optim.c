@@ -197,18 +197,6 @@ static void place_anywhere(const uint16_t *halves, int64_t hs, anert_placement t
         }
 }
 
-static void place_transposed(const pass *job, const uint16_t *halves, int64_t hs, anert_placement to, int64_t rows,
-                             int64_t cols) {
-    uint16_t turned[BLOCK * BLOCK];
-    for (int64_t c = 0; c < cols; c += BLOCK)
-        for (int64_t r = 0; r < rows; r += BLOCK) {
-            int64_t down = MIN(rows - r, (int64_t)BLOCK), along = MIN(cols - c, (int64_t)BLOCK);
-            job->fp16->transpose(halves + r * hs + c, (size_t)hs, turned, BLOCK, (size_t)down, (size_t)along);
-            for (int64_t k = 0; k < along; k++)
-                job->copy(turned + k * BLOCK, to.base + r + (c + k) * to.col_stride, (size_t)down);
-        }
-}
-
 /* Writes halves of the tile at (row, col) to the placements that are (or are not) straight. */
 static void place(const pass *job, bool straight, const uint16_t *halves, int64_t row, int64_t col, int64_t rows,
                   int64_t cols) {
@@ -220,7 +208,8 @@ static void place(const pass *job, bool straight, const uint16_t *halves, int64_
         if (straight)
             job->copy(halves, to.base, (size_t)cols); /* one row */
         else if (is_transposed(to))
-            place_transposed(job, halves, job->pitch, to, rows, cols);
+            anert_fp16_turn(job->fp16, job->large, halves, (size_t)job->pitch, to.base, (size_t)to.col_stride, (size_t)rows,
+                            (size_t)cols);
         else
             place_anywhere(halves, job->pitch, to, rows, cols);
     }

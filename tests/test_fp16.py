@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_build import compile_c, load_c
+from native_build import SHIMS, compile_c, load_c
 
 from anert import ffi as native
 from anert.errors import InputError
@@ -278,6 +278,8 @@ static inline simde__m512 shim_cvtph_ps(simde__m256i x) {
 }
 #define _mm512_cvtps_ph(x, mode) shim_cvtps_ph(x)
 #define _mm512_cvtph_ps(x) shim_cvtph_ps(x)
+#define _mm512_shuffle_f32x4(a, b, imm)                                                                                \
+    _mm512_castsi512_ps(simde_mm512_shuffle_i32x4(_mm512_castps_si512(a), _mm512_castps_si512(b), imm))
 #define _mm512_stream_ps simde_mm512_storeu_ps
 #define _mm512_stream_si512 simde_mm512_storeu_si512
 #endif
@@ -295,6 +297,10 @@ size_t probe_stream_clamp(const float *s, uint16_t *d, size_t n) { return K->str
 void probe_turn(const uint16_t *s, size_t ss, uint16_t *d, size_t ds, size_t r, size_t c) {
     K->transpose(s, ss, d, ds, r, c);
 }
+void probe_lines(const uint16_t *s, size_t ss, uint16_t *d, size_t ds, size_t r, size_t c) {
+    anert_fp16_turn(K, true, s, ss, d, ds, r, c);
+    K->fence();
+}
 void probe_down_block(const float *s, size_t ss, uint16_t *d, size_t ds, size_t r, size_t c) {
     K->transpose_f32_to_f16(s, ss, d, ds, r, c);
 }
@@ -311,6 +317,7 @@ void probe_stream_up(const uint16_t *, float *, size_t);
 size_t probe_clamp(const float *, uint16_t *, size_t);
 size_t probe_stream_clamp(const float *, uint16_t *, size_t);
 void probe_turn(const uint16_t *, size_t, uint16_t *, size_t, size_t, size_t);
+void probe_lines(const uint16_t *, size_t, uint16_t *, size_t, size_t, size_t);
 void probe_down_block(const float *, size_t, uint16_t *, size_t, size_t, size_t);
 void probe_up_block(const uint16_t *, size_t, float *, size_t, size_t, size_t);
 """
@@ -323,11 +330,13 @@ def emulated(tmp_path_factory):
     if not os.path.exists("/usr/include/simde/x86/avx512.h"):
         pytest.skip("no SIMDe headers (apt install libsimde-dev)")
     tmp = tmp_path_factory.mktemp("simde")
-    (tmp / "immintrin.h").write_text(SHIM)
     (tmp / "probe.c").write_text(PROBE)
-    flags = [f"-I{tmp}", "-DANERT_NO_TARGET", "-DTABLE=anert_fp16_avx512", "-Wno-psabi"]
+    flags = ["-DANERT_NO_TARGET", "-DVEC_EMULATED", "-DTABLE=anert_fp16_avx512", "-Wno-psabi"]
     if "avx2" in ISAS:
-        flags += ["-mavx2", "-mfma", "-mf16c"]
+        (tmp / "immintrin.h").write_text(SHIM)
+        flags += [f"-I{tmp}", "-mavx2", "-mfma", "-mf16c"]
+    else:
+        flags.append(f"-I{SHIMS}")
     return load_c(tmp, CDEF, [*EMULATED, tmp / "probe.c"], *flags)
 
 
@@ -389,6 +398,24 @@ def test_avx512_blocks_emulated(emulated, shape):
     np.testing.assert_array_equal(out, halves.T)
     np.testing.assert_array_equal(turned, halves.T)
     np.testing.assert_array_equal(back.view(np.uint32), up_oracle(halves).T)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 64), (192, 130), (70, 65), (32, 16)])
+@pytest.mark.parametrize("at", [0, 32, 8])
+def test_avx512_lines_emulated(emulated, shape, at):
+    """Whole squares go line by line where the copy is aligned, all else through a square of its own; nothing beyond."""
+    ffi, lib = emulated
+    rows, cols = shape
+    x = np.random.default_rng(7).integers(0, 65536, (rows, cols + 3)).astype(np.uint16)
+    ds = (rows + 63) // 32 * 32
+    memory = np.full((cols + 2) * ds + 64, 0xABCD, np.uint16)
+    start = -memory.ctypes.data % 64 // 2 + at
+    half_of = lambda a: ffi.from_buffer("uint16_t[]", a)  # noqa: E731
+    lib.probe_lines(half_of(x), cols + 3, half_of(memory) + start, ds, rows, cols)
+    want = np.full_like(memory, 0xABCD)
+    for c in range(cols):
+        want[start + c * ds : start + c * ds + rows] = x[:, c]
+    np.testing.assert_array_equal(memory, want)
 
 
 NEON_MAIN = r"""

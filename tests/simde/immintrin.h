@@ -9,6 +9,8 @@
 #include <string.h>
 
 typedef simde__mmask16 __mmask16;
+#define _mm512_stream_ps simde_mm512_storeu_ps
+#define _mm512_stream_si512 simde_mm512_storeu_si512
 #define _mm512_shuffle_f32x4(a, b, imm)                                                                                \
     _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(a), _mm512_castps_si512(b), imm))
 #define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
