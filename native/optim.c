@@ -7,7 +7,7 @@
 
 #include "internal.h"
 
-enum { LANES = 16, STRIP = 64, AHEAD = 512, STREAMED = 1 << 20, CHUNK = 1 << 14, WIDE = 1 << 17, BLOCK = 64 };
+enum { LANES = 16, STRIP = 64, AHEAD = 512, STREAMED = 1 << 18, CHUNK = 1 << 14, WIDE = 1 << 17, BLOCK = 64 };
 enum { ROW_PART = 1024, SERIAL = 1 << 15, SLOT = 4, PAD = 32, SCRATCH = WIDE + BLOCK * PAD };
 
 /* ---- Loops ---- */

@@ -39,16 +39,18 @@ def halves_of(master):
 
 
 class Places:
-    """fp16 copies of a (rows, cols) Param: their memory, their records, and what they must hold."""
+    """fp16 copies of a (rows, cols) Param: their memory, their records, and what they must hold. aligned: to 64 bytes,
+    else three elements in."""
 
-    def __init__(self, rows, cols, kinds):
+    def __init__(self, rows, cols, kinds, aligned=False):
         self.rows, self.cols, self.kinds = rows, cols, kinds
-        self.memory, records = [], []
+        self.memory, self.starts, records = [], [], []
         for kind in kinds:
             size, row_stride, col_stride, broadcast = self.layout(kind)
-            memory = np.full(size + 6, 7, np.float16)
+            memory = np.full(size + 40, 7, np.float16)
             self.memory.append(memory)
-            records.append((pointer(memory[3:], "uint16_t *"), row_stride, col_stride, broadcast))
+            self.starts.append(-memory.ctypes.data % 64 // 2 if aligned else 3)
+            records.append((pointer(memory[self.starts[-1] :], "uint16_t *"), row_stride, col_stride, broadcast))
         self.records = native.ffi.new("anert_placement[]", records) if records else native.ffi.NULL
 
     def layout(self, kind):
@@ -65,11 +67,11 @@ class Places:
 
     def check(self, master):
         """Each copy is the clamped master, and nothing beside it was written."""
-        for memory, kind in zip(self.memory, self.kinds, strict=True):
+        for memory, start, kind in zip(self.memory, self.starts, self.kinds, strict=True):
             size, row_stride, col_stride, broadcast = self.layout(kind)
-            expected = np.full(size + 6, 7, np.float16)
+            expected = np.full(size + 40, 7, np.float16)
             strides = (row_stride * 2, col_stride * 2, 2)
-            view = np.ndarray((self.rows, self.cols, broadcast), np.float16, expected, 6, strides)
+            view = np.ndarray((self.rows, self.cols, broadcast), np.float16, expected, 2 * start, strides)
             view[...] = halves_of(master)[:, :, None]
             np.testing.assert_array_equal(memory.view(np.uint16), expected.view(np.uint16), err_msg=str(kind))
 
@@ -214,6 +216,8 @@ def test_placements(rows, cols, kinds, isa, threads, with_special):
         assert count == past, "a weight counts once, however many copies it has"
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(330, 2500), (352, 2200)])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize(
     "kinds",
@@ -225,12 +229,13 @@ def test_placements(rows, cols, kinds, isa, threads, with_special):
         [("broadcast", 3)],
     ],
 )
-def test_large_placements(kinds, threads):
-    """Many tiles in both directions: long rows, and blocks whose halves lie in the pool's scratch."""
-    master = randn(0, 330, 2500) * 100
+def test_large_placements(kinds, threads, shape, isa):
+    """Many tiles in both directions: long rows, blocks whose halves lie in the pool's scratch, and copies of whole
+    lines."""
+    master = randn(0, *shape) * 100
     master[::50, ::70] = 1e6
-    places = Places(330, 2500, kinds)
-    assert sync(pool(ISAS[-1], threads), master, places) == np.count_nonzero(np.abs(master) > 65504)
+    places = Places(*shape, kinds, aligned=shape[0] % 32 == 0)
+    assert sync(pool(isa, threads), master, places) == np.count_nonzero(np.abs(master) > 65504)
     places.check(master)
 
 
