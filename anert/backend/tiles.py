@@ -19,8 +19,9 @@ from anert.errors import UnsupportedError
 DIMS = 6
 LANES, ROWS = 1, 2
 FULL = LANES | ROWS
-CHUNK = 2048
-"""Elements of a register: 8 KiB. Half of it costs 5 % of a training step in the interpreter's own time."""
+CHUNK, PLAIN_CHUNK = 2048, 512
+"""Elements of a register: 8 KiB where something is reduced, since its rows are short; 2 KiB elsewhere, so that all
+registers and what they are loaded from stay in L1 (two thirds of the time of SwiGLU's backward pass at 8 KiB)."""
 MAX_REGISTERS = 64
 HEAVY = frozenset({"exp", "log", "tanh", "sigmoid", "erf", "pow", "sin", "cos", "tan", "asin", "acos", "atan", "sinh",
                    "cosh", "atanh", "mod", "i32_div", "i32_mod"})  # fmt: skip
@@ -293,6 +294,7 @@ class TileBuilder:
             lanes = w if w <= size else size
             rows = max(1, min(r, size // lanes, 64))
         else:
+            size = min(size, PLAIN_CHUNK)
             turned = any(v.view is not None and v.view.strides[DIMS - 1] not in (0, 1) for v in self.values)
             lanes = min(w, 32 if turned and r >= 32 else size)
             rows = max(1, min(r, size // lanes))
@@ -328,6 +330,24 @@ class _Schedule:
                 elif v.phase == phase and v.op != "load":
                     self._number(v.number, phase)
         self._prune()
+        self._skip_copies()
+
+    def _skip_copies(self) -> None:
+        """A value is stored as it is, where a copy of it would be stored and nothing else."""
+        reads: dict[int, int] = {}
+        kinds: dict[int, int] = {}
+        for i in self.instrs:
+            kinds[i.dst] = i.kind
+            for n in i.sources():
+                reads[n] = reads.get(n, 0) + 1
+        kept: list[Instr] = []
+        for i in self.instrs:
+            copy = kept[-1] if kept and i.op == "store" and kept[-1].op == "mov" else None
+            if copy and copy.dst == i.a and reads[i.a] == 1 and kinds.get(copy.a) == copy.kind == i.kind:
+                kept[-1] = replace(i, a=copy.a)
+            else:
+                kept.append(i)
+        self.instrs = kept
 
     def _prune(self) -> None:
         """Drop what computes a value that nothing of its body reads: later bodies compute it again. Counters count."""
