@@ -56,6 +56,22 @@ def test_op_fp32(kind: str, pool: Pool) -> None:
     check()
 
 
+@pytest.mark.parametrize("shape", [(1,), (2, 3), (2, 40)])
+def test_what_is_stored_is_no_copy_and_a_constant_stays_one(shape: tuple[int, ...], pool: Pool) -> None:
+    """Values and immediates stored several times in one program: a value as it lies, an immediate as the number it is."""
+    from anert.mil import ops
+
+    f = Function("main")
+    x = f.input("x", shape)
+    y = ops.add(x, x)
+    f.returns(ops.identity(y), ops.pad(y, pad=(0, 1) * len(shape), constant_val=-1.5), y, ops.identity(x))
+    backend, given = CpuBackend(pool), np.arange(1, 1 + np.prod(shape)).astype(np.float16).reshape(shape)
+    got = [run_function(backend, f, {"x": given})[v.name] for v in f.outputs]
+    padded = np.pad(2 * given, [(0, 1)] * len(shape), constant_values=-1.5)
+    for found, want in zip(got, (2 * given, padded, 2 * given, given), strict=True):
+        np.testing.assert_array_equal(found, want)
+
+
 @pytest.mark.parametrize(("precision", "kept"), [("fp32", True), ("bf16", True), ("fp16", False)])
 def test_sums_of_constants_keep_the_interior_s_precision(precision: str, kept: bool, pool: Pool) -> None:
     """Two fp16 constants that make one number of 22 bits cost nothing at run time, and round where every op does."""

@@ -335,9 +335,8 @@ class _Schedule:
     def _skip_copies(self) -> None:
         """A value is stored as it is, where a copy of it would be stored and nothing else."""
         reads: dict[int, int] = {}
-        kinds: dict[int, int] = {}
+        kinds = {i.dst: i.kind for i in self.instrs if i.dst >= 0}
         for i in self.instrs:
-            kinds[i.dst] = i.kind
             for n in i.sources():
                 reads[n] = reads.get(n, 0) + 1
         kept: list[Instr] = []
