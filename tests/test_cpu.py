@@ -58,7 +58,7 @@ def test_op_fp32(kind: str, pool: Pool) -> None:
 
 @pytest.mark.parametrize("shape", [(1,), (2, 3), (2, 40)])
 def test_what_is_stored_is_no_copy_and_a_constant_stays_one(shape: tuple[int, ...], pool: Pool) -> None:
-    """Values and immediates stored several times in one program: a value as it lies, an immediate as the number it is."""
+    """Stored several times in one program: a value as it lies, an immediate as the number it is."""
     from anert.mil import ops
 
     f = Function("main")
