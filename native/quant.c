@@ -12,8 +12,8 @@
 #include <immintrin.h>
 #endif
 
-enum { GROUP = 32, ROWS = 16, PARTS = GROUP / 4, TASK_BYTES = 1 << 16, SCRATCH = 6, AHEAD = 4096 };
-#define SERIAL_BYTES 100000
+enum { GROUP = 32, ROWS = 16, PARTS = GROUP / 4, TASK_BYTES = 1 << 16, TASKS_PER_THREAD = 4, SCRATCH = 6, AHEAD = 4096 };
+#define SERIAL_BYTES 30000 /* below, waking a thread costs more than it saves */
 
 static int64_t scale_bytes(int64_t groups) { return ROUND_UP(groups * ROWS * 2, (int64_t)64); }
 static int64_t block_bytes(int64_t cols) { return scale_bytes(cols / GROUP) + cols / GROUP * GROUP * ROWS; }
@@ -79,15 +79,14 @@ typedef struct {
     int32_t *fix;   /* (k / 32): -128 times the sum of the group */
 } column;
 
-static void quantise(const anert_matrix *b, int64_t k, column x) {
-    float v[GROUP];
-    for (int64_t g = 0; g < k / GROUP; g++) {
+/* The groups of v (k) in int8, each in the scale of its largest magnitude. */
+typedef void quantise_fn(const float *v, int64_t k, column x);
+
+static void quantise_scalar(const float *v, int64_t k, column x) {
+    for (int64_t g = 0; g < k / GROUP; g++, v += GROUP) {
         float top = 0.0f;
-        for (int i = 0; i < GROUP; i++) {
-            int64_t at = (g * GROUP + i) * b->row_stride;
-            v[i] = b->dtype == ANERT_F32 ? ((const float *)b->data)[at] : anert_float(((const uint16_t *)b->data)[at]);
+        for (int i = 0; i < GROUP; i++)
             top = MAX(top, fabsf(v[i]));
-        }
         float inverse = top > 0.0f ? 127.0f / top : 0.0f;
         int32_t sum = 0;
         for (int i = 0; i < GROUP; i++) {
@@ -99,6 +98,22 @@ static void quantise(const anert_matrix *b, int64_t k, column x) {
         x.fix[g] = -128 * sum;
     }
 }
+
+#if defined(__x86_64__)
+#define VNNI TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+VNNI static void quantise_vnni(const float *v, int64_t k, column x) {
+    for (int64_t g = 0; g < k / GROUP; g++, v += GROUP) {
+        __m512 low = _mm512_loadu_ps(v), high = _mm512_loadu_ps(v + 16);
+        float top = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(low), _mm512_abs_ps(high)));
+        __m512 inverse = _mm512_set1_ps(top > 0.0f ? 127.0f / top : 0.0f);
+        __m512i first = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse)), second = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
+        _mm_storeu_si128((__m128i *)(x.q + g * GROUP), _mm512_cvtepi32_epi8(first));
+        _mm_storeu_si128((__m128i *)(x.q + g * GROUP + 16), _mm512_cvtepi32_epi8(second));
+        x.scale[g] = top / 127.0f;
+        x.fix[g] = -128 * _mm512_reduce_add_epi32(_mm512_add_epi32(first, second));
+    }
+}
+#endif
 
 typedef void block_fn(const uint8_t *block, int64_t groups, const column *x, float *sums);
 
@@ -117,7 +132,6 @@ static void block_scalar(const uint8_t *block, int64_t groups, const column *x, 
 }
 
 #if defined(__x86_64__)
-#define VNNI TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 VNNI static void block_vnni(const uint8_t *block, int64_t groups, const column *x, float *sums) {
     const uint8_t *scales = block, *weights = block + scale_bytes(groups);
     __m512 sum = _mm512_setzero_ps();
@@ -139,14 +153,11 @@ VNNI static void block_vnni(const uint8_t *block, int64_t groups, const column *
 }
 #endif
 
-static block_fn *block_for(int32_t isa) {
 #if defined(__x86_64__)
-    if (anert_isa_vectors(isa) == ANERT_ISA_AVX512 && __builtin_cpu_supports("avx512vnni"))
-        return block_vnni;
-#endif
-    (void)isa;
-    return block_scalar;
+static bool has_vnni(int32_t isa) {
+    return anert_isa_vectors(isa) == ANERT_ISA_AVX512 && __builtin_cpu_supports("avx512vnni");
 }
+#endif
 
 typedef struct {
     block_fn *block;
@@ -222,18 +233,39 @@ static anert_status many(anert_pool *pool, int32_t precision, int64_t m, int64_t
     return anert_gemm(pool, precision, 1, m, n, k, alpha, (anert_matrix){d.dst, ANERT_F16, k, 1, 0}, b, beta, c, err);
 }
 
+/* The k elements of b as fp32 in a row: b's own, or `copy`. */
+static const float *floats_of(const anert_matrix *b, int64_t k, const anert_fp16_kernels *fp16, float *copy) {
+    const uint16_t *halves = b->data;
+    if (b->dtype == ANERT_F16 && b->row_stride == 1)
+        fp16->f16_to_f32(halves, copy, (size_t)k);
+    else if (b->row_stride == 1)
+        return b->data;
+    else
+        for (int64_t i = 0; i < k; i++)
+            copy[i] = b->dtype == ANERT_F32 ? ((const float *)b->data)[i * b->row_stride] : anert_float(halves[i * b->row_stride]);
+    return copy;
+}
+
 static anert_status one(anert_pool *pool, int64_t m, int64_t k, float alpha, const uint8_t *a, anert_matrix b, float beta,
                         anert_matrix c, anert_error *err) {
-    int64_t groups = k / GROUP;
-    char *scratch = anert_pool_scratch(pool, 0, SCRATCH, (size_t)(ROUND_UP(k, 64) + groups * 8));
+    int64_t groups = k / GROUP, room = ROUND_UP(k, 64);
+    char *scratch = anert_pool_scratch(pool, 0, SCRATCH, (size_t)(room * 5 + ROUND_UP(groups * 8, 64)));
     if (scratch == NULL)
         return anert_fail(err, ANERT_ENOMEM, "int8: no memory for a column of %lld", (long long)k);
-    column_job j = {.block = block_for(anert_pool_isa(pool)), .fp16 = anert_fp16_kernels_for(anert_pool_isa(pool)), .a = a,
-                    .m = m, .k = k, .blocks = blocks_of(m), .alpha = alpha, .beta = beta, .c = c};
-    j.x = (column){(int8_t *)scratch, (float *)(scratch + ROUND_UP(k, 64)), (int32_t *)(scratch + ROUND_UP(k, 64) + groups * 4)};
-    quantise(&b, k, j.x);
+    int32_t isa = anert_pool_isa(pool);
+    column_job j = {.block = block_scalar, .fp16 = anert_fp16_kernels_for(isa), .a = a, .m = m, .k = k, .blocks = blocks_of(m),
+                    .alpha = alpha, .beta = beta, .c = c};
+    j.x = (column){(int8_t *)scratch, (float *)(scratch + room), (int32_t *)(scratch + room + groups * 4)};
+    const float *v = floats_of(&b, k, j.fp16, (float *)(scratch + room + ROUND_UP(groups * 8, 64)));
+    quantise_fn *quantise = quantise_scalar;
+#if defined(__x86_64__)
+    if (has_vnni(isa))
+        j.block = block_vnni, quantise = quantise_vnni;
+#endif
+    quantise(v, k, j.x);
     bool small = j.blocks * block_bytes(k) < SERIAL_BYTES;
-    j.grain = small ? j.blocks : MAX(TASK_BYTES / block_bytes(k), (int64_t)1);
+    int64_t wanted = (int64_t)anert_pool_threads(pool) * TASKS_PER_THREAD;
+    j.grain = small ? j.blocks : MAX(MIN(TASK_BYTES / block_bytes(k), (j.blocks + wanted - 1) / wanted), (int64_t)1);
     anert_parallel_for(pool, (j.blocks + j.grain - 1) / j.grain, column_body, &j);
     return ANERT_OK;
 }
