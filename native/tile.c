@@ -335,12 +335,26 @@ static void tile_body(void *arg, int64_t index, int32_t thread) {
     run_tiles(job, index * job->grain, MIN(job->n_tiles, (index + 1) * job->grain), thread);
 }
 
+/* Where rows are reduced, their lanes lie far apart in memory: as many of them in a chunk as leave a tile for every thread, and
+ * fewer rows. A fold takes rows in order, so that changes no bit. */
+static int64_t chunk_lanes_for(const anert_step *s, int64_t threads) {
+    enum { MOST = 128 };
+    int64_t lanes = chunk_lanes(s), tiles = 1;
+    if (!(s->reduced >> (ANERT_DIMS - 2) & 1) || spill_bytes(s) > 0) return lanes;
+    for (int d = 0; d < ANERT_DIMS - 2; d++)
+        if (!(s->reduced >> d & 1)) tiles *= s->dims[d];
+    while (2 * lanes <= MIN(MOST, reg_floats(s)) && tiles * (s->dims[ANERT_DIMS - 1] / (2 * lanes)) >= threads) lanes *= 2;
+    return lanes;
+}
+
 static tile_job job_of(const plan_run *run, const anert_step *s) {
     tile_job job = {.run = run, .step = s, .instrs = run->plan->instrs + s->first_instr, .n_tiles = 1,
                     .kernels = anert_tile_kernels_for(run->isa), .fp16 = anert_fp16_kernels_for(run->isa)};
-    int64_t work = chunk_rows(s) * chunk_lanes(s);
+    int64_t lanes = chunk_lanes_for(s, anert_pool_threads(run->pool)), rows = chunk_rows(s);
+    if (lanes > chunk_lanes(s)) rows = MIN(s->dims[ANERT_DIMS - 2], reg_floats(s) / lanes);
+    int64_t work = rows * lanes;
     for (int d = 0; d < ANERT_DIMS; d++) {
-        job.chunk[d] = d == ANERT_DIMS - 2 ? chunk_rows(s) : d == ANERT_DIMS - 1 ? chunk_lanes(s) : 1;
+        job.chunk[d] = d == ANERT_DIMS - 2 ? rows : d == ANERT_DIMS - 1 ? lanes : 1;
         bool reduced = s->reduced >> d & 1;
         job.tiles[d] = reduced ? 1 : (s->dims[d] + job.chunk[d] - 1) / job.chunk[d];
         job.n_tiles *= job.tiles[d];
