@@ -22,6 +22,7 @@ typedef void tile_fn(tile_args *args);
 typedef struct {
     tile_fn *op[ANERT_TILE_OPS];
     tile_fn *by_rows[3], *by_lanes[3]; /* SUM, RMAX, RMIN */
+    void (*join[3])(float *part);      /* part (TILE_PARTIALS), what a fold by lanes left of a row, into its first */
 } anert_tile_kernels;
 const anert_tile_kernels *anert_tile_kernels_for(int32_t isa); /* isa resolved, not AUTO */
 

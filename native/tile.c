@@ -270,13 +270,7 @@ static void end_folds(tile_state *t, int64_t pass) {
         if (!(s->reduced >> (ANERT_DIMS - 1) & 1)) continue;
         for (int64_t r = 0; r < t->rows; r++) {
             float *part = t->partials + (in->i.dst * chunk_rows(s) + r) * TILE_PARTIALS;
-            for (int n = TILE_PARTIALS / 2; n > 0; n /= 2)
-                for (int i = 0; i < n; i++) {
-                    float x = part[i], y = part[i + n];
-                    part[i] = in->i.op == ANERT_TILE_SUM    ? x + y
-                              : in->i.op == ANERT_TILE_RMAX ? (x > y || x != x ? x : y)
-                                                            : (x < y || x != x ? x : y);
-                }
+            t->job->kernels->join[in->i.op - ANERT_TILE_SUM](part);
             d->p[r] = part[0];
         }
     }

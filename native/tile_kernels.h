@@ -214,6 +214,19 @@ static void op_half(tile_args *g) {
             }                                                                              \
         }                                                                                  \
     }
+/* The partial results of a row, by halves, into the first. */
+#define JOIN(name, FOLD)                                                                   \
+    static void join_##name(float *part) {                                                 \
+        for (int i = 0; i < 16; i++) part[i] = FOLD(part[i], part[i + 16]);                \
+        for (int i = 0; i < 8; i++) part[i] = FOLD(part[i], part[i + 8]);                  \
+        for (int i = 0; i < 4; i++) part[i] = FOLD(part[i], part[i + 4]);                  \
+        for (int i = 0; i < 2; i++) part[i] = FOLD(part[i], part[i + 2]);                  \
+        part[0] = FOLD(part[0], part[1]);                                                  \
+    }
+JOIN(sum, FOLD_SUM)
+JOIN(max, FOLD_MAX)
+JOIN(min, FOLD_MIN)
+
 FOLDS(sum, FOLD_SUM)
 FOLDS(max, FOLD_MAX)
 FOLDS(min, FOLD_MIN)
@@ -232,4 +245,5 @@ const anert_tile_kernels TILE_TABLE = {
            ENTRY(I32_MIN, i32_min), ENTRY(I32_EQ, i32_eq), ENTRY(I32_LT, i32_lt), ENTRY(I32_LE, i32_le)},
     .by_rows = {rows_sum, rows_max, rows_min},
     .by_lanes = {lanes_sum, lanes_max, lanes_min},
+    .join = {join_sum, join_max, join_min},
 };
