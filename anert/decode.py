@@ -37,6 +37,8 @@ THIN, FEW = 8, 24
 """A program of up to THIN positions multiplies weights as they lie (native/gemm.c), wider ones pack them first: FEW
 positions by several thin runs cost no more than by one wide."""
 
+LEAST_CAPACITY = 256
+"""Of a text that is known to be short: attention to fewer positions is no longer what a token waits for."""
 
 Matrix = tuple[Any, int, int, int]
 """Of fp16: pointer, rows, columns, row stride."""
@@ -378,14 +380,23 @@ def widths_for(longest: int) -> list[int]:
     return [width for width, past in zip(WIDTHS, (0, 1, FEW, WIDTHS[2]), strict=True) if longest > past]
 
 
+def capacity_for(positions: int, seq_len: int) -> int:
+    """The cache of a text of at most so many positions, which every token reads whole: a power of two, so that
+    there are few different programs, or the model's context. 0 positions: all of it."""
+    fitting = max(LEAST_CAPACITY, 1 << max(positions - 1, 0).bit_length())
+    return min(fitting, seq_len) if positions else seq_len
+
+
 def open_session(
     runtime: Runtime, model: Decoder, store: ParamStore, widths: Sequence[int] = WIDTHS, weights: str = "fp16",
-    on_compile: Callable[[int, int], None] | None = None,
+    on_compile: Callable[[int, int], None] | None = None, positions: int = 0,
 ) -> Session | Windowed:  # fmt: skip
-    """A Session where a key-value cache can stand for the past, else Windowed. UnsupportedError: int8 weights there."""
+    """A Session where a key-value cache can stand for the past, else Windowed. positions: what a text takes at most;
+    0: the model's context. UnsupportedError: int8 weights there."""
     mixing = mixing_block(model)
     if not mixing:
-        return Session(runtime, model, store, widths=widths, weights=weights, on_compile=on_compile)
+        capacity = capacity_for(positions, model.config.seq_len)
+        return Session(runtime, model, store, capacity, widths, weights, on_compile)
     if weights != "fp16":
         raise UnsupportedError(
             f"block {mixing!r} mixes positions outside attention: it decodes with fp16 weights alone"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import math
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,13 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     if not ids:
         raise InputError("the prompt is empty and the tokenizer has no bos token to begin with: give a --prompt")
     return ids
+
+
+def most_tokens(prompt: str) -> int:
+    """How many tokens any tokenizer makes of a prompt at most, before one is read: one a byte of the text as it is or
+    normalised, and a few around it."""
+    forms = (prompt, *(unicodedata.normalize(form, prompt) for form in ("NFC", "NFD", "NFKC", "NFKD")))
+    return max(len(form.encode("utf-8", "surrogatepass")) for form in forms) + 8
 
 
 class Prefix:
@@ -192,9 +200,11 @@ def _slid_notice(capacity: int) -> Notice:
 def open_engine(
     model: Decoder, tensors: Mapping[str, np.ndarray], engine: str = "mil", backend: str = "auto",
     precision: str = "fp32", threads: int = 0, prompt: Callable[[], int] | None = None, weights: str = "fp16",
+    positions: int = 0,
 ) -> Engine:  # fmt: skip
     """The engine that runs a model: `mil` on a backend, `numpy` in float32 beside it. prompt: counts the tokens of the
-    longest prompt, so that no wider program is compiled than will run; called while the weights are on their way."""
+    longest prompt, so that no wider program is compiled than will run; called while the weights are on their way.
+    positions: what a text takes at most, 0: the model's context."""
     if engine == "numpy":
         if weights != "fp16":
             raise InputError(f"weights {weights!r}: engine numpy has the checkpoint's own, in float32")
@@ -210,7 +220,7 @@ def open_engine(
     rt = Runtime(backend, precision, threads=threads)
     store = ParamStore(rt.heap, rt.pool, model.specs(), train=False, tensors=tensors)
     rt.check_memory(store.copy_bytes, "the weights")
-    session = open_session(rt, model, store, widths_for(1), weights)
+    session = open_session(rt, model, store, widths_for(1), weights, positions=positions)
     if rt.engine is None:  # an engine of its own may bind programs to surfaces that a thread has locked
         store.sync_ahead()
     try:
@@ -251,7 +261,8 @@ def sample(
     def n_prompt() -> int:
         return min(len(encode_prompt(vocabulary(), prompt)), model.config.seq_len)
 
-    told = open_engine(model, tensors, engine, backend, precision, threads, n_prompt, weights)
+    told = open_engine(model, tensors, engine, backend, precision, threads, n_prompt, weights,
+                       most_tokens(prompt) + max_tokens)  # fmt: skip
     if getattr(told, "networks", None):
         yield Notice("info", "this model mixes positions outside attention: every token runs the whole window again")
     settle = getattr(told, "settle", None) if max_tokens * num_samples >= LONG else None

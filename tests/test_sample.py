@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import math
@@ -14,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anert.cli import main
+from anert.decode import capacity_for
 from anert.errors import InputError
 from anert.events import Notice, Text, Told
 from anert.inputs import open_model
 from anert.plugin import load
-from anert.sample import Limits, StopStrings, open_engine, tell
+from anert.sample import Limits, StopStrings, encode_prompt, most_tokens, open_engine, tell
 from anert.sampler import Sampler, Xorshift, choose_llama2c
+from anert.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 STORIES = str(ROOT / "plugins" / "stories.py")
@@ -48,6 +51,11 @@ def real(shared_data):
 def engines(real):
     model, tensors, _ = real
     return {"mil": open_engine(model, tensors, backend="cpu"), "numpy": open_engine(model, tensors, "numpy")}
+
+
+@functools.cache
+def tokenizer_of(path):
+    return load_tokenizer(path)
 
 
 def text_of(events) -> str:
@@ -222,6 +230,45 @@ def test_the_real_context_slides(real):
     again = list(tell(engine, tokenizer, "Once upon a time", Sampler(temperature=0.5, seed=4, top_k=40), Limits(150)))
     assert text_of(again).startswith(text_of(events)) and again[-1].slid >= 3
     assert again[-1].tokens == 150 or again[-1].reason == "end"
+
+
+# ---- a cache of the text's own size
+
+
+@pytest.mark.parametrize(("positions", "seq_len", "capacity"), [
+    (0, 8192, 8192), (1, 8192, 256), (256, 8192, 256), (257, 8192, 512), (9000, 8192, 8192), (40, 128, 128),
+])  # fmt: skip
+def test_a_cache_fits_its_text(positions, seq_len, capacity):
+    assert capacity_for(positions, seq_len) == capacity
+
+
+def test_a_text_is_the_same_in_a_cache_of_its_own_size(engines, real, shared_data):
+    model, tensors, tokenizer = real
+    small = open_engine(model, tensors, backend="cpu", positions=200)
+    assert (small.capacity, engines["mil"].capacity) == (256, 512)
+    said = [
+        text_of(tell(engine, tokenizer, "Once upon a time", Sampler(1.0, top_p=0.9, seed=8), Limits(180)))
+        for engine in (small, engines["mil"])
+    ]
+    assert said[0] == said[1] and len(said[0]) > 200
+
+
+def test_a_text_as_long_as_the_context_has_all_of_it(real, shared_data):
+    """No prompt and no number of tokens lets the context slide before the model's own 512 positions are full."""
+    from anert.sample import sample
+
+    folder = shared_data / "llama2c"
+    for prompt, tokens in (("Once upon a time", 508), ("é" * 200, 400)):
+        events = list(sample(folder / "stories260K.bin", prompt, load(STORIES), str(folder / "tok512.bin"),
+                             max_tokens=tokens, backend="cpu", temperature=1.0, seed=3))  # fmt: skip
+        end = events[-1]
+        assert end.slid == (end.prompt_tokens + end.tokens - 1 > 512)
+
+
+@given(st.text(max_size=30))
+def test_no_tokenizer_makes_more_tokens_than_are_counted(shared_data, prompt):
+    for name in ("llama2c/tok512.bin", "llama2c/tokenizer.bin"):
+        assert len(encode_prompt(tokenizer_of(shared_data / name), prompt)) <= most_tokens(prompt)
 
 
 # ---- several texts of one prompt
