@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from anert import events as ev
 from anert.dist import world
 from anert.errors import InputError
+from anert.files import silence
 from anert.report import UI, EventLog, Json, Off, Plain, dumps, follow
 
 if TYPE_CHECKING:
@@ -77,13 +78,17 @@ def train(
             f"plugin {job.plugin.name!r} brings its own trainer, which runs as one process: leave out mpiexec"
         )
     shown = ranks.rank == 0  # the other ranks train, and rank 0 tells
-    view = open_ui(ui, sys.stderr if as_json else sys.stdout) if shown else Off()
+    stream = sys.stderr if as_json else sys.stdout
+    view = open_ui(ui, stream) if shown else Off()
     stop, events = Stop(view), EventLog(log if shown else Path(os.devnull))
+
+    def lost() -> None:
+        silence(stream)
+        stop.ask()
+
     try:
         with stop.installed():
-            done = follow(
-                trainer(job.plugin, job.preset, job.config, job.options, stop), view, events, on_lost=stop.ask
-            )
+            done = follow(trainer(job.plugin, job.preset, job.config, job.options, stop), view, events, on_lost=lost)
     finally:
         view.close()
         events.close()

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 from pathlib import Path
+from typing import IO
 
 
 def fsync(path: Path) -> None:
@@ -31,3 +32,10 @@ def sha256(path: Path) -> str:
     """Of a file's content, in hexadecimal; read in blocks."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def silence(stream: IO[str]) -> None:
+    """What is still to be written to a stream whose reader is gone goes nowhere, the interpreter's last flush too."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

@@ -288,7 +288,9 @@ anert_status anert_pool_new(int32_t n_threads, int32_t isa, anert_pool **out, an
     pthread_once(&watch, watch_forks);
     pool->owner = atomic_load(&forks);
     init_locks(pool);
-    pool->ranges = aligned_alloc(64, (size_t)n_threads * sizeof *pool->ranges);
+    void *ranges = NULL;
+    if (posix_memalign(&ranges, _Alignof(range), (size_t)n_threads * sizeof *pool->ranges) == 0)
+        pool->ranges = ranges;
     for (int32_t r = 0; pool->ranges != NULL && r < n_threads; r++)
         atomic_init(&pool->ranges[r].state, CLOSED);
     pool->workers = calloc((size_t)n_threads, sizeof *pool->workers);

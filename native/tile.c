@@ -152,7 +152,7 @@ static void store(tile_state *t, const tile_instr *in) {
     if (lane == 1 && (row != 0 || rows == 1)) {
         if ((v->dtype == ANERT_F32 || v->dtype == ANERT_I32) && ls == 1) {
             for (int64_t r = 0; r < rows; r++)
-                memcpy((float *)base + r * rs, src + r * row, (size_t)lanes * sizeof(float));
+                memmove((float *)base + r * rs, src + r * row, (size_t)lanes * sizeof(float));
             return;
         }
         if (v->dtype == ANERT_F16 && (ls == 1 || (rs == 1 && ls > 0 && rows > 1))) {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -125,6 +126,19 @@ def link(target: Target, objects: Iterable[Path], out: Path, *libraries: str) ->
     return out
 
 
+def python_headers(out: Path) -> Path:
+    """This Python's headers. Debian's pyconfig.h includes another by platform, and knows its own platforms alone: then
+    a copy with the one of this machine, whose sizes are those of any other of 64 bits."""
+    headers = Path(sysconfig.get_path("include"))
+    own = headers.parent / str(sysconfig.get_config_var("MULTIARCH")) / headers.name / "pyconfig.h"
+    if not own.exists():
+        return headers
+    copy = out / "python"
+    shutil.copytree(headers, copy, dirs_exist_ok=True)
+    shutil.copyfile(own, copy / "pyconfig.h")
+    return copy
+
+
 def extension(target: Target, out: Path, module: str, header: str, sources: list[Path], *flags: str) -> Path:
     """out/_MODULE.abi3.so: the sources and cffi's generated C, for CPython's limited API."""
     ffi = FFI()
@@ -134,7 +148,7 @@ def extension(target: Target, out: Path, module: str, header: str, sources: list
     folder.mkdir(parents=True, exist_ok=True)
     glue = folder / f"{name}_glue.c"
     ffi.emit_c_code(str(glue))
-    python = f"-I{sysconfig.get_path('include')}"
+    python = f"-I{python_headers(out)}"
     limited = f"-D{build_ffi.LIMITED_API[0]}={build_ffi.LIMITED_API[1]}"
     flags = (*build_ffi.CFLAGS, f"-I{build_ffi.NATIVE}", *flags)
     objects = compile_all(target, sources, folder, flags) + compile_all(

@@ -70,7 +70,7 @@ def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as tar:
-        tar.extractall(out, filter="data")
+        tar.extractall(out, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (found,) = out.iterdir()
     return found
 

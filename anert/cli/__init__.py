@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -62,8 +61,9 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130, as_json)
     except BrokenPipeError:
-        # The reader of our output is gone: end quietly, and keep the interpreter from flushing into the closed pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        from anert.files import silence
+
+        silence(sys.stdout)
         return 1
 
 

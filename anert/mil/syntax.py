@@ -7,11 +7,16 @@ functions, `//` comments, flexible shapes. Meaning (types, operands, constants) 
 from __future__ import annotations
 
 import itertools
-import re
+import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple, NoReturn
 
 from anert.errors import InputError, MILSyntaxError, UnsupportedError
+
+if sys.version_info < (3, 11, 5):  # whose re goes on from where a possessive group failed, not from where it began
+    import regex as re
+else:
+    import re
 
 MAX_DEPTH = 32
 """Deepest nesting of types and of literals; printed programs need 6."""
