@@ -210,6 +210,7 @@ def test_bad_input(argv: tuple[str, ...], message: str, capsys: pytest.CaptureFi
 def test_torch_is_measured_beside(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from anert.runtime import Runtime
 
+    pytest.importorskip("torch", reason="pip install 'anert[peers]' brings it")
     monkeypatch.setattr(Runtime, "peak_gflops", lambda self, again=False: 1e5)
     code, report, err = run(capsys, "train", TINY, "--seq-len", "32", "--peer", "torch", *FAST)
     assert code == 0, err

@@ -59,7 +59,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("build", reason="pip install 'anert[dev]' brings the build front end")
+    pytest.importorskip("build.__main__", reason="pip install 'anert[dev]' brings the build front end")
     out = tmp_path_factory.mktemp("sdist")
     run(sys.executable, "-m", "build", "--sdist", "--outdir", out, checkout, cwd=checkout)
     (found,) = out.glob("*.tar.gz")
