@@ -297,8 +297,6 @@ VEC_INLINE void lane_sums(const gemm_operand *w, int64_t start, int64_t lane, in
     for (int64_t i = lane; i < k; i += LANES) {
         int64_t at = i * w->k_stride + start;
         vf right = vf_set1(x[i]);
-        for (int64_t line = 0; line < vectors * VL * (int64_t)dtype_size(dtype); line += 64)
-            __builtin_prefetch((const char *)w->data + (size_t)(at + vectors * VL) * dtype_size(dtype) + line);
         for (int v = 0; v < vectors; v++) {
             bool whole = v + 1 < vectors || rest == VL;
             vf left = whole ? load_rounded(w->data, at + v * VL, dtype, bf16) : vf_load_part(w->data, at + v * VL, dtype, rest);

@@ -410,8 +410,8 @@ def test_avx512_lines_emulated(emulated, shape, at):
     ds = (rows + 63) // 32 * 32
     memory = np.full((cols + 2) * ds + 64, 0xABCD, np.uint16)
     start = -memory.ctypes.data % 64 // 2 + at
-    half_of = lambda a: ffi.from_buffer("uint16_t[]", a)  # noqa: E731
-    lib.probe_lines(half_of(x), cols + 3, half_of(memory) + start, ds, rows, cols)
+    source, target = (ffi.from_buffer("uint16_t[]", a) for a in (x, memory))
+    lib.probe_lines(source, cols + 3, target + start, ds, rows, cols)
     want = np.full_like(memory, 0xABCD)
     for c in range(cols):
         want[start + c * ds : start + c * ds + rows] = x[:, c]
