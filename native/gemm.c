@@ -10,6 +10,7 @@
 
 enum {
     TASK_ROWS = 192,          /* of C per task, at most: 192 x 320 words of A are 240 KiB of L2 */
+    TURN_ROWS = TASK_ROWS / 2, /* the same where the next block of A is packed meanwhile */
     TASK_COLS = 512,          /* of C per task, at most: with TASK_ROWS of fp32 sums, 384 KiB of L2 */
     PACK_COLS = 128,          /* of B per packing task */
     SHARED_WORDS = 1 << 22,   /* of packed B at a time, unless one panel is larger: 16 MiB */
@@ -112,9 +113,11 @@ static int64_t block_words(const gemm_kernel *kernel, int64_t depth) {
 
 static int64_t blocks_of(int64_t k, int64_t depth) { return MAX(divide_up(k, depth), 1); }
 
-/* fp32 words of scratch: panels of A, of B in one block of k and in all, partial sums. */
+static int64_t most_rows(const gemm_kernel *kernel) { return kernel->pieces == NULL ? TASK_ROWS : TURN_ROWS; }
+
+/* fp32 words of scratch: panels of a block of A, of B in one block of k and in all, partial sums. */
 static int64_t a_words(const gemm_kernel *kernel, int64_t words) {
-    return ROUND_UP(divide_up(TASK_ROWS, kernel->mr) * panel_size(kernel->mr, words) + 16, 16);
+    return ROUND_UP(divide_up(most_rows(kernel), kernel->mr) * panel_size(kernel->mr, words) + 16, 16);
 }
 
 static int64_t b_block(const gemm_kernel *kernel, int64_t k, int64_t cols) {
@@ -126,7 +129,7 @@ static int64_t b_words(const gemm_kernel *kernel, int64_t k, int64_t cols) {
 }
 
 static int64_t sum_words(const gemm_kernel *kernel, int64_t k) {
-    return k > kernel->kc ? (TASK_ROWS + kernel->mr) * (TASK_COLS + kernel->nr) : 0;
+    return k > kernel->kc ? (most_rows(kernel) + kernel->mr) * (TASK_COLS + kernel->nr) : 0;
 }
 
 static int64_t column_rows(int64_t k) { return MAX(COLUMN_BYTES / 2 / MAX(k, 1) / 64 * 64, 64); }
@@ -136,11 +139,23 @@ static int64_t columns_in(const gemm_kernel *kernel, int64_t k, int64_t most) {
     return MAX(most / b_words(kernel, k, kernel->nr), 1) * kernel->nr;
 }
 
+/* A block of A, and at the start of a thread's scratch which of them its panels hold already. */
+typedef struct {
+    int64_t batch, row, k;
+} block;
+
+typedef struct {
+    block packed; /* row -1: none */
+    int64_t buffer; /* of two */
+    char to_line[64 - sizeof(block) - sizeof(int64_t)];
+} turn;
+
 /* Per thread, without panels of B. Grows with k alone. */
 static size_t task_scratch(const gemm_kernel *kernel, int64_t k) {
     int64_t words = block_words(kernel, MIN(MAX(k, 1) + 16 * kernel->pair, kernel->kc));
     int64_t thin = k + FEW_COLS * (column_rows(k) + 128);
-    return (size_t)MAX(kernel->product + a_words(kernel, words) + sum_words(kernel, k), thin) * sizeof(float);
+    int64_t panels = (kernel->pieces == NULL ? 1 : 2) * a_words(kernel, words);
+    return sizeof(turn) + (size_t)MAX(kernel->product + panels + sum_words(kernel, k), thin) * sizeof(float);
 }
 
 /* ---- One task ---- */
@@ -186,22 +201,52 @@ static void pack_columns(const problem *p, int64_t index) {
     p->kernel->pack_b(&b, MIN(pack_cols(p), p->cols - col), depth, panels);
 }
 
-/* What the thread will most likely pack next: the task's rows in the next block of k, or those of the next task, which is its
- * own too unless another thread is faster. */
-static gemm_ahead next_rows(const problem *p, int64_t batch, int64_t row, int64_t k, int64_t steps) {
-    k += p->depth;
-    if (k >= p->k) {
-        k = 0;
-        row += p->task_rows;
-    }
-    int64_t rows = MIN(p->task_rows, p->m - row), depth = MIN(p->depth, p->k - k), size = p->a.dtype == ANERT_F32 ? 4 : 2;
-    if (rows <= 0 || steps == 0 || (p->a.col_stride != 1 && p->a.row_stride != 1))
+/* Steps to the block that the thread will want next: of the same rows deeper in k, or the first of its next task, unless another
+ * thread is faster. False behind the last. */
+static bool step_on(const problem *p, block *at, int64_t col) {
+    at->k += p->depth;
+    if (at->k < p->k)
+        return true;
+    at->k = 0;
+    at->row += p->task_rows;
+    if (at->row < p->m)
+        return true;
+    at->row = 0;
+    at->batch += col + p->task_cols >= p->cols;
+    return at->batch < p->batches;
+}
+
+static gemm_operand block_of(const problem *p, block at) {
+    return rows_of(p, p->a, p->first_batch + at.batch, at.row, p->m - at.row, at.k);
+}
+
+/* The lines of a block of A, over some steps of k. */
+static gemm_ahead lines_of(const problem *p, block at, int64_t steps) {
+    int64_t rows = MIN(p->task_rows, p->m - at.row), depth = MIN(p->depth, p->k - at.k);
+    gemm_operand x = block_of(p, at);
+    int64_t size = x.dtype == ANERT_F32 ? 4 : 2;
+    if (steps == 0 || (x.k_stride != 1 && x.stride != 1))
         return (gemm_ahead){0};
-    bool along_k = p->a.col_stride == 1;
-    gemm_ahead ahead = {.run = at(p->a, p->first_batch + batch, row, k), .runs = along_k ? rows : depth,
-                        .bytes = (along_k ? depth : rows) * size, .stride = (along_k ? p->a.row_stride : p->a.col_stride) * size};
+    bool along_k = x.k_stride == 1;
+    gemm_ahead ahead = {.run = x.data, .runs = along_k ? rows : depth, .bytes = (along_k ? depth : rows) * size,
+                        .stride = (along_k ? x.stride : x.k_stride) * size};
     ahead.per_step = divide_up(ahead.runs * divide_up(ahead.bytes, 64), steps);
     return ahead;
+}
+
+/* What there is to do between the products of a block, which take `steps` steps of k: to pack the next one, to ask for the one
+ * behind it. Their panels go to `panels`. */
+static gemm_between between_for(const problem *p, block next, int64_t col, int64_t steps, float *panels) {
+    gemm_between between = {.panels = panels, .count = MIN(p->task_rows, p->m - next.row), .depth = MIN(p->depth, p->k - next.k)};
+    block later = next;
+    between.x = block_of(p, next);
+    between.pieces = p->kernel->pieces(&between.x, between.count, between.depth);
+    between.per_step = steps > 0 ? divide_up(between.pieces, steps) : 0;
+    if (between.pieces == 0)
+        between.ahead = lines_of(p, next, steps);
+    else if (step_on(p, &later, col))
+        between.ahead = lines_of(p, later, steps);
+    return between;
 }
 
 /* (row, col): where the block lies in C, in units of register tiles for p->squares. */
@@ -212,17 +257,18 @@ static void multiply_panels(const problem *p, int64_t words, const float *a, con
     float *sums = out.sums;
     size_t size = out.dtype == ANERT_F32 ? 4 : 2;
     int64_t a_size = panel_size(kernel->mr, words), b_size = panel_size(kernel->nr, words);
-    int64_t across = divide_up(p->n, kernel->nr);
-    for (int64_t j = 0; j < cols; j += kernel->nr)
-        for (int64_t i = 0; i < rows; i += kernel->mr) {
-            out.c = c + (size_t)(i * out.row_stride + j * out.col_stride) * size;
-            out.sums = sums == NULL ? NULL : sums + i * out.sums_stride + j;
-            out.rows = MIN(rows - i, kernel->mr);
-            out.cols = MIN(cols - j, kernel->nr);
-            if (p->squares != NULL && out.last)
-                out.squares = p->squares + (row + i) / kernel->mr * across + (col + j) / kernel->nr;
-            kernel->tile(words, a + i / kernel->mr * a_size, b + j / kernel->nr * b_size, &out);
-        }
+    int64_t across = divide_up(p->n, kernel->nr), down = divide_up(rows, kernel->mr), tiles = down * divide_up(cols, kernel->nr);
+    for (int64_t t = 0; t < tiles; t++) { /* whose panels stay in L1: see gemm_kernel.pieces */
+        int64_t i = (kernel->pieces == NULL ? t % down : t / (tiles / down)) * kernel->mr;
+        int64_t j = (kernel->pieces == NULL ? t / down : t % (tiles / down)) * kernel->nr;
+        out.c = c + (size_t)(i * out.row_stride + j * out.col_stride) * size;
+        out.sums = sums == NULL ? NULL : sums + i * out.sums_stride + j;
+        out.rows = MIN(rows - i, kernel->mr);
+        out.cols = MIN(cols - j, kernel->nr);
+        if (p->squares != NULL && out.last)
+            out.squares = p->squares + (row + i) / kernel->mr * across + (col + j) / kernel->nr;
+        kernel->tile(words, a + i / kernel->mr * a_size, b + j / kernel->nr * b_size, &out);
+    }
 }
 
 /* col: within the group. */
@@ -230,25 +276,41 @@ static void multiply_block(const problem *p, int64_t batch, int64_t row, int64_t
     const gemm_kernel *kernel = p->kernel;
     int64_t rows = MIN(p->task_rows, p->m - row), cols = MIN(p->task_cols, p->cols - col);
     int64_t sums_stride = ROUND_UP(cols, kernel->nr), c_col = p->first_col + col;
-    float *product = scratch, *a_panels = product + kernel->product, *sums = a_panels + a_words(kernel, block_words(kernel, p->depth));
+    turn *turn = scratch;
+    float *product = (float *)(turn + 1), *panels[2] = {product + kernel->product};
+    int64_t a_size = a_words(kernel, block_words(kernel, p->depth));
+    panels[1] = panels[0] + (kernel->pieces == NULL ? 0 : a_size);
     for (int64_t k = 0; k == 0 || k < p->k; k += p->depth) {
         int64_t depth = MIN(p->depth, p->k - k), words = block_words(kernel, depth);
-        gemm_operand a = rows_of(p, p->a, p->first_batch + batch, row, p->m - row, k);
-        kernel->pack_a(&a, rows, depth, a_panels);
-        int64_t tiles = divide_up(rows, kernel->mr) * divide_up(cols, kernel->nr);
-        gemm_ahead ahead = next_rows(p, batch, row, k, tiles * (words / kernel->step));
-        gemm_out out = {.ahead = &ahead, .product = product, .sums = p->k > p->depth ? sums : NULL, .sums_stride = sums_stride, .first = k == 0,
-                        .last = k + depth >= p->k, .alpha = p->alpha, .beta = p->beta, .stream = p->stream,
-                        .c = at(p->c, p->first_batch + batch, row, c_col), .dtype = p->c.dtype,
+        block here = {batch, row, k}, next = here;
+        float *a_panels = panels[turn->buffer];
+        if (turn->packed.batch != batch || turn->packed.row != row || turn->packed.k != k) {
+            gemm_operand a = block_of(p, here);
+            kernel->pack_a(&a, rows, depth, a_panels);
+        }
+        gemm_between between = {0};
+        if (kernel->pieces != NULL && step_on(p, &next, col))
+            between = between_for(p, next, col, divide_up(rows, kernel->mr) * divide_up(cols, kernel->nr) * (words / kernel->step),
+                                  panels[1 - turn->buffer]);
+        bool packs = between.pieces > 0;
+        gemm_out out = {.between = &between, .product = product, .sums = p->k > p->depth ? panels[1] + a_size : NULL,
+                        .sums_stride = sums_stride, .first = k == 0, .last = k + depth >= p->k, .alpha = p->alpha, .beta = p->beta,
+                        .stream = p->stream, .c = at(p->c, p->first_batch + batch, row, c_col), .dtype = p->c.dtype,
                         .row_stride = p->c.row_stride, .col_stride = p->c.col_stride};
         multiply_panels(p, words, a_panels, b_panel(p, batch, k / p->depth, col, words), row, c_col, rows, cols, out);
+        if (kernel->drain != NULL)
+            kernel->drain(&between);
+        if (packs) {
+            turn->packed = next;
+            turn->buffer = 1 - turn->buffer;
+        }
     }
 }
 
 /* batch: within the group. */
 static void multiply_thin(const problem *p, int64_t batch, int64_t row, void *scratch) {
     int64_t rows = MIN(p->task_rows, p->m - row), at_batch = p->first_batch + batch;
-    float *sums = scratch, *copy = sums + FEW_COLS * (ROUND_UP(p->task_rows, 16) + 64);
+    float *sums = (float *)((turn *)scratch + 1), *copy = sums + FEW_COLS * (ROUND_UP(p->task_rows, 16) + 64);
     gemm_operand a = rows_of(p, p->a, at_batch, row, p->m - row, 0), b = column_of(p, at_batch, 0);
     const float *x = p->n == 1 ? p->kernel->column(&b, p->k, copy) : p->b_panels + batch * p->n * p->k;
     gemm_out out = {.alpha = p->alpha, .beta = p->beta, .c = at(p->c, at_batch, row, 0), .dtype = p->c.dtype,
@@ -282,7 +344,7 @@ static int64_t even_part(int64_t whole, int64_t most, int64_t unit) {
 static void cut(problem *p, int32_t threads) {
     const gemm_kernel *kernel = p->kernel;
     int64_t wanted = threads > 1 ? (int64_t)threads * TASKS_PER_THREAD : 1;
-    int64_t rows = TASK_ROWS, cols = TASK_COLS;
+    int64_t rows = most_rows(kernel), cols = TASK_COLS;
     if (p->thin) {
         int64_t each = divide_up(p->m, divide_up(wanted, p->batches));
         p->task_rows = even_part(p->m, MIN(column_rows(p->k), each), THIN_ROWS);
@@ -374,6 +436,7 @@ void anert_gemm_serial(int32_t isa, int32_t precision, int64_t m, int64_t n, int
     char *rest = (char *)scratch + ROUND_UP(shared_bytes(&p), 64);
     while (next_group(&p)) {
         cut(&p, 1);
+        *(turn *)rest = (turn){.packed = {.row = -1}};
         for (int64_t i = 0; i < pack_tasks(&p); i++)
             pack_columns(&p, i);
         for (int64_t i = 0; i < p.tasks; i++)
@@ -401,76 +464,6 @@ static void for_each(problem *p, int32_t threads, int64_t n, anert_body *body) {
         body(p, i, 0);
 }
 
-/* Does batch, row, col fit in an address: checks (count - 1) * stride summed over the axes. */
-static bool span_fits(anert_matrix x, int64_t batch, int64_t rows, int64_t cols) {
-    int64_t a, b, c, sum;
-    if (__builtin_mul_overflow(batch - 1, x.batch_stride, &a) || __builtin_mul_overflow(rows - 1, x.row_stride, &b) ||
-        __builtin_mul_overflow(cols - 1, x.col_stride, &c) || __builtin_add_overflow(a, b, &sum) ||
-        __builtin_add_overflow(sum, c, &sum))
-        return false;
-    return sum < INT64_MAX / 8;
-}
-
-static anert_status check_matrix(char name, anert_matrix x, int64_t batch, int64_t rows, int64_t cols, anert_error *err) {
-    if (x.dtype != ANERT_F32 && x.dtype != ANERT_F16 && x.dtype != ANERT_BF16)
-        return anert_fail(err, ANERT_EINVAL, "gemm: dtype of %c is %d, expected F32, F16 or BF16", name, x.dtype);
-    if (x.row_stride < 0 || x.col_stride < 0 || x.batch_stride < 0)
-        return anert_fail(err, ANERT_EINVAL, "gemm: strides of %c are %lld, %lld, batch %lld, expected none below 0", name,
-                          (long long)x.row_stride, (long long)x.col_stride, (long long)x.batch_stride);
-    if (batch == 0 || rows == 0 || cols == 0)
-        return ANERT_OK;
-    if (x.data == NULL)
-        return anert_fail(err, ANERT_EINVAL, "gemm: %c is NULL", name);
-    if (!span_fits(x, batch, rows, cols))
-        return anert_fail(err, ANERT_EINVAL, "gemm: %c of %lld x %lld x %lld spans more than memory can", name,
-                          (long long)batch, (long long)rows, (long long)cols);
-    return ANERT_OK;
-}
-
-/* C's elements must be distinct: each axis strides past all that the axes of smaller stride span. */
-static anert_status check_distinct(anert_matrix c, int64_t batch, int64_t rows, int64_t cols, anert_error *err) {
-    int64_t count[3] = {batch, rows, cols}, stride[3] = {c.batch_stride, c.row_stride, c.col_stride};
-    int64_t span = 1;
-    bool used[3] = {false, false, false};
-    if (batch == 0 || rows == 0 || cols == 0)
-        return ANERT_OK;
-    for (int turn = 0; turn < 3; turn++) {
-        int next = -1;
-        for (int i = 0; i < 3; i++)
-            if (!used[i] && (next < 0 || stride[i] < stride[next]))
-                next = i;
-        used[next] = true;
-        if (count[next] <= 1)
-            continue;
-        if (stride[next] < span)
-            return anert_fail(err, ANERT_EINVAL, "gemm: C overlaps itself: strides %lld, %lld, batch %lld for %lld x %lld x %lld",
-                              (long long)c.row_stride, (long long)c.col_stride, (long long)c.batch_stride, (long long)batch,
-                              (long long)rows, (long long)cols);
-        span += (count[next] - 1) * stride[next];
-    }
-    return ANERT_OK;
-}
-
-static anert_status check(anert_pool *pool, int32_t precision, int64_t batch, int64_t m, int64_t n, int64_t k, float alpha,
-                          anert_matrix a, anert_matrix b, float beta, anert_matrix c, anert_error *err) {
-    anert_status status;
-    if (pool == NULL)
-        return anert_fail(err, ANERT_EINVAL, "gemm: pool is NULL");
-    if (precision != ANERT_F32 && precision != ANERT_BF16)
-        return anert_fail(err, ANERT_EINVAL, "gemm: precision is %d, expected F32 or BF16", precision);
-    if (batch < 0 || m < 0 || n < 0 || k < 0)
-        return anert_fail(err, ANERT_EINVAL, "gemm: batch %lld, m %lld, n %lld, k %lld, expected none below 0",
-                          (long long)batch, (long long)m, (long long)n, (long long)k);
-    if (!isfinite(alpha))
-        return anert_fail(err, ANERT_EINVAL, "gemm: alpha is %g, expected a finite number", (double)alpha);
-    if (beta != 0.0f && beta != 1.0f)
-        return anert_fail(err, ANERT_EINVAL, "gemm: beta is %g, expected 0 or 1", (double)beta);
-    if ((status = check_matrix('A', a, batch, m, k, err)) || (status = check_matrix('B', b, batch, k, n, err)) ||
-        (status = check_matrix('C', c, batch, m, n, err)))
-        return status;
-    return check_distinct(c, batch, m, n, err);
-}
-
 /* Worth a second thread? */
 static bool is_large(const problem *p) {
     double size = (double)p->batch * (double)p->m * (double)p->k;
@@ -493,6 +486,8 @@ static anert_status multiply(problem *p, anert_pool *pool, anert_error *err) {
         status = anert_fail(err, ANERT_ENOMEM, "gemm: no memory for %zu bytes of panels", shared_bytes(p));
     while (status == ANERT_OK && next_group(p)) {
         cut(p, threads);
+        for (int32_t i = 0; i < threads; i++)
+            *(turn *)anert_pool_scratch(pool, i, SCRATCH_SLOT, p->scratch) = (turn){.packed = {.row = -1}};
         if (pack_tasks(p) > 0)
             for_each(p, threads, pack_tasks(p), pack_body);
         for_each(p, threads, p->tasks, gemm_body);
@@ -503,7 +498,7 @@ static anert_status multiply(problem *p, anert_pool *pool, anert_error *err) {
 
 anert_status anert_gemm(anert_pool *pool, int32_t precision, int64_t batch, int64_t m, int64_t n, int64_t k, float alpha,
                         anert_matrix a, anert_matrix b, float beta, anert_matrix c, anert_error *err) {
-    anert_status status = check(pool, precision, batch, m, n, k, alpha, a, b, beta, c, err);
+    anert_status status = anert_gemm_check(pool, precision, batch, m, n, k, alpha, a, b, beta, c, err);
     if (status != ANERT_OK || batch == 0 || m == 0 || n == 0)
         return status;
     problem p = oriented(kernel_of(anert_pool_isa(pool), precision, m, n), precision, batch, m, n, k, alpha, a, b, beta, c);
@@ -522,7 +517,7 @@ static double sum_of_squares(const float *x, int64_t n) {
 anert_status anert_gemm_grad(anert_pool *pool, int32_t precision, int64_t m, int64_t n, int64_t k, float alpha, anert_matrix a,
                              anert_matrix b, float beta, float *dw, double *squares, anert_error *err) {
     anert_matrix c = {dw, ANERT_F32, n, 1, 0};
-    anert_status status = check(pool, precision, 1, m, n, k, alpha, a, b, beta, c, err);
+    anert_status status = anert_gemm_check(pool, precision, 1, m, n, k, alpha, a, b, beta, c, err);
     if (status == ANERT_OK && squares == NULL)
         status = anert_fail(err, ANERT_EINVAL, "gemm: squares is NULL");
     if (status != ANERT_OK)

@@ -23,17 +23,7 @@ typedef struct {
     int64_t per_step;
 } gemm_ahead;
 
-static inline void ask_ahead(gemm_ahead *a) {
-    for (int64_t i = 0; i < a->per_step && a->runs > 0; i++) {
-        __builtin_prefetch(a->run + a->at, 0, 2);
-        a->at += 64;
-        if (a->at >= a->bytes) {
-            a->at = 0;
-            a->run += a->stride;
-            a->runs--;
-        }
-    }
-}
+typedef struct gemm_between gemm_between;
 
 /* Where a register tile of C goes. sums: fp32 partial sums of whole tiles, used unless one block covers k. */
 typedef struct {
@@ -45,10 +35,23 @@ typedef struct {
     int32_t dtype;
     int64_t row_stride, col_stride, rows, cols; /* of C, and how much of the tile lies inside it */
     float *squares; /* NULL, or where the sum of squares of the tile's part of C goes (C is F32) */
-    gemm_ahead *ahead;
+    gemm_between *between;
     float *product; /* of gemm_kernel.product words, aligned to 64 bytes */
     bool stream;    /* C is written past the caches: F32, aligned to 64 bytes, beta 0 */
 } gemm_out;
+
+/* What a kernel whose products leave the vector units idle does between them, some of it in every step of k: it packs the next
+ * block of A, stores the register tile before this one, and asks for the memory of the block of A after the next. */
+struct gemm_between {
+    gemm_operand x; /* `count` rows of it, `depth` deep, become panels */
+    int64_t count, depth;
+    float *panels;
+    int64_t pieces, per_step; /* left to pack, and of them in every step of k */
+    int64_t row, word;        /* of the next piece */
+    gemm_ahead ahead;
+    gemm_out late; /* a register tile in late.product, whose first `stored` rows are in C */
+    int64_t stored;
+};
 
 enum { FEW_COLS = 4 };
 
@@ -78,7 +81,15 @@ typedef struct {
      * NULL where small products are another kernel's. */
     void (*begin)(void);
     void (*end)(void);
+    /* NULL, or of a kernel that uses gemm_between: in how many pieces it can pack a block of A, 0 for one that pack_a must take
+     * whole; and what is left of pieces and of a late tile. Its panels of A stay in L1 while those of B stream from L2. */
+    int64_t (*pieces)(const gemm_operand *x, int64_t count, int64_t depth);
+    void (*drain)(gemm_between *between);
 } gemm_kernel;
+
+/* Of a call of anert_gemm: sizes, strides, NULLs, a C that overlaps itself. */
+anert_status anert_gemm_check(anert_pool *pool, int32_t precision, int64_t batch, int64_t m, int64_t n, int64_t k, float alpha,
+                              anert_matrix a, anert_matrix b, float beta, anert_matrix c, anert_error *err);
 
 extern const gemm_kernel anert_gemm_scalar, anert_gemm_blas_scalar;
 #if defined(__x86_64__) || defined(VEC_EMULATED)

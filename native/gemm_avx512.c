@@ -4,5 +4,5 @@
 enum { MR = 6, NV = 4 };
 #include "gemm_kernel.h"
 
-const gemm_kernel anert_gemm_avx512 = {MR, NR, 320, 1, 1, 0, pack_a, pack_b, tile, matvec, column, NULL, vf_fence};
+const gemm_kernel anert_gemm_avx512 = {MR, NR, 320, 1, 1, 0, pack_a, pack_b, tile, matvec, column, NULL, vf_fence, NULL, NULL};
 #endif

@@ -32,5 +32,5 @@ VEC_FN void tile_pairs(int64_t words, const float *a, const float *b, const gemm
 }
 
 const gemm_kernel anert_gemm_avx512bf16 = {MR, NR, 640, 2, PAIR_STEP, 0, pack_rows, pack_cols, tile_pairs, matvec, column, NULL,
-                                           vf_fence};
+                                           vf_fence, NULL, NULL};
 #endif

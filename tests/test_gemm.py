@@ -336,7 +336,7 @@ int run_serial(int isa, int precision, long m, long n, long k, float alpha, aner
 }
 """
 SOURCES = (
-    *("gemm.c", "gemm_scalar.c", "gemm_avx2.c", "gemm_avx512.c", "gemm_avx512bf16.c", "gemm_amx.c", "gemm_neon.c"),
+    *("gemm.c", "gemm_check.c", "gemm_scalar.c", "gemm_avx2.c", "gemm_avx512.c", "gemm_avx512bf16.c", "gemm_amx.c", "gemm_neon.c"),
     *(
         "gemm_blas_scalar.c",
         "gemm_blas_avx2.c",
