@@ -22,6 +22,14 @@
 #define TARGET(isa) __attribute__((target(isa)))
 #endif
 
+/* Of a function whose __builtin_prefetch(p, 1, 3) asks for lines to write, which another core then gives up: PREFETCHW, a no-op on
+ * x86-64 CPUs that lack it. */
+#if defined(__x86_64__) && !defined(ANERT_NO_TARGET)
+#define OWNING __attribute__((target("prfchw")))
+#else
+#define OWNING
+#endif
+
 /* Writes status and a printf-style message into err (NULL is fine) and returns the status: one-line checks. */
 anert_status anert_fail(anert_error *err, anert_status status, const char *format, ...)
     __attribute__((format(printf, 3, 4)));

@@ -90,13 +90,19 @@ static void load_rows_f16(const tile_job *job, const uint16_t *src, int64_t rs, 
                                             (size_t)MIN(64, lanes - i), (size_t)MIN(64, rows - r));
 }
 
-/* Asks for what the next chunk will load: chunks are shorter than what hardware prefetchers take to start. */
-static void ask_next(const tile_state *t, const anert_view *v, const char *base, int64_t rows, int64_t lanes) {
+/* Asks for what the next chunk will load or store: chunks are shorter than what hardware prefetchers take to start, and lines to
+ * be written may lie in another core's cache. */
+OWNING static void ask_next(const tile_state *t, const anert_view *v, const char *base, int64_t rows, int64_t lanes, bool writes) {
     int64_t rs = v->strides[ANERT_DIMS - 2], size = (int64_t)dtype_bytes(v->dtype);
     const char *next = base + (t->rows < t->job->step->dims[ANERT_DIMS - 2] ? t->rows * rs : lanes) * size;
     if (rs == lanes) lanes *= rows, rows = 1;
     for (int64_t r = 0; r < rows; r++)
-        for (int64_t at = 0; at < lanes * size; at += 64) __builtin_prefetch(next + r * rs * size + at, 0, 2);
+        for (int64_t at = 0; at < lanes * size; at += 64) {
+            if (writes)
+                __builtin_prefetch(next + r * rs * size + at, 1, 3);
+            else
+                __builtin_prefetch(next + r * rs * size + at, 0, 3);
+        }
 }
 
 /* A chunk into register dst: fp32 with contiguous lanes is read in place. */
@@ -107,7 +113,7 @@ static void load(tile_state *t, const tile_instr *in) {
     int64_t rows = in->i.kind & 2 ? t->rows : 1, lanes = in->i.kind & 1 ? t->lanes : 1;
     if (in->i.kind == 2) lanes = rows, ls = rs, rows = 1, rs = 0;
     reg *d = &t->regs[in->i.dst];
-    if (ls == 1 && (in->i.kind & 1)) ask_next(t, v, base, rows, lanes);
+    if (ls == 1 && (in->i.kind & 1)) ask_next(t, v, base, rows, lanes, false);
     if ((v->dtype == ANERT_F32 || v->dtype == ANERT_I32) && (ls == 1 || lanes == 1)) {
         d->p = (float *)base;
         d->row = in->i.kind == 2 ? 1 : rs;
@@ -144,6 +150,7 @@ static void store(tile_state *t, const tile_instr *in) {
     char *base = locate(t, v);
     int64_t rs = v->strides[ANERT_DIMS - 2], ls = v->strides[ANERT_DIMS - 1];
     int64_t rows = in->i.kind & 2 ? t->rows : 1, lanes = in->i.kind & 1 ? t->lanes : 1;
+    if (ls == 1 && (in->i.kind & 1)) ask_next(t, v, base, rows, lanes, true);
     const float imm = in->i.imm;
     const float *src = in->i.a < 0 ? &imm : t->regs[in->i.a].p;
     int64_t row = in->i.a < 0 || !(in->ka & 2) ? 0 : t->regs[in->i.a].row;
