@@ -11,7 +11,7 @@
 enum {
     TASK_ROWS = 192,          /* of C per task, at most: 192 x 320 words of A are 240 KiB of L2 */
     TURN_ROWS = TASK_ROWS / 2, /* the same where the next block of A is packed meanwhile */
-    TASK_COLS = 512,          /* of C per task, at most: with TASK_ROWS of fp32 sums, 384 KiB of L2 */
+    TASK_COLS = 512,          /* of C per task, at most: with TASK_ROWS of fp32 sums, 384 KiB of L2; twice that without sums */
     PACK_COLS = 128,          /* of B per packing task */
     SHARED_WORDS = 1 << 22,   /* of packed B at a time, unless one panel is larger: 16 MiB */
     SERIAL_WORDS = 1 << 17,   /* the same for one thread alone: 512 KiB */
@@ -279,6 +279,7 @@ static void multiply_block(const problem *p, int64_t batch, int64_t row, int64_t
     turn *turn = scratch;
     float *product = (float *)(turn + 1), *panels[2] = {product + kernel->product};
     int64_t a_size = a_words(kernel, block_words(kernel, p->depth));
+    int64_t tiles = divide_up(rows, kernel->mr) * divide_up(cols, kernel->nr);
     panels[1] = panels[0] + (kernel->pieces == NULL ? 0 : a_size);
     for (int64_t k = 0; k == 0 || k < p->k; k += p->depth) {
         int64_t depth = MIN(p->depth, p->k - k), words = block_words(kernel, depth);
@@ -290,13 +291,12 @@ static void multiply_block(const problem *p, int64_t batch, int64_t row, int64_t
         }
         gemm_between between = {0};
         if (kernel->pieces != NULL && step_on(p, &next, col))
-            between = between_for(p, next, col, divide_up(rows, kernel->mr) * divide_up(cols, kernel->nr) * (words / kernel->step),
-                                  panels[1 - turn->buffer]);
+            between = between_for(p, next, col, tiles * (words / kernel->step), panels[1 - turn->buffer]);
         bool packs = between.pieces > 0;
         gemm_out out = {.between = &between, .product = product, .sums = p->k > p->depth ? panels[1] + a_size : NULL,
-                        .sums_stride = sums_stride, .first = k == 0, .last = k + depth >= p->k, .alpha = p->alpha, .beta = p->beta,
-                        .stream = p->stream, .c = at(p->c, p->first_batch + batch, row, c_col), .dtype = p->c.dtype,
-                        .row_stride = p->c.row_stride, .col_stride = p->c.col_stride};
+                        .sums_stride = sums_stride, .first = k == 0, .last = k + depth >= p->k, .alpha = p->alpha,
+                        .beta = p->beta, .stream = p->stream, .c = at(p->c, p->first_batch + batch, row, c_col),
+                        .dtype = p->c.dtype, .row_stride = p->c.row_stride, .col_stride = p->c.col_stride};
         multiply_panels(p, words, a_panels, b_panel(p, batch, k / p->depth, col, words), row, c_col, rows, cols, out);
         if (kernel->drain != NULL)
             kernel->drain(&between);
@@ -344,7 +344,7 @@ static int64_t even_part(int64_t whole, int64_t most, int64_t unit) {
 static void cut(problem *p, int32_t threads) {
     const gemm_kernel *kernel = p->kernel;
     int64_t wanted = threads > 1 ? (int64_t)threads * TASKS_PER_THREAD : 1;
-    int64_t rows = most_rows(kernel), cols = TASK_COLS;
+    int64_t rows = most_rows(kernel), cols = p->k > p->depth ? TASK_COLS : 2 * TASK_COLS;
     if (p->thin) {
         int64_t each = divide_up(p->m, divide_up(wanted, p->batches));
         p->task_rows = even_part(p->m, MIN(column_rows(p->k), each), THIN_ROWS);

@@ -249,6 +249,7 @@ AMX_FN void tile_amx(int64_t words, const float *a, const float *b, const gemm_o
 }
 
 const gemm_kernel anert_gemm_amx = {
-    .mr = MR, .nr = NR, .kc = 384, .pair = 2, .step = PAIR_STEP, .product = MR * NR + VL, .pack_a = pack_rows, .pack_b = pack_cols,
-    .tile = tile_amx, .matvec = matvec, .column = column, .begin = begin, .end = end, .pieces = pieces, .drain = drain};
+    .mr = MR, .nr = NR, .kc = 384, .pair = 2, .step = PAIR_STEP, .product = MR * NR + VL,
+    .pack_a = pack_rows, .pack_b = pack_cols, .tile = tile_amx, .matvec = matvec, .column = column,
+    .begin = begin, .end = end, .pieces = pieces, .drain = drain};
 #endif

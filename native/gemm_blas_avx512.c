@@ -3,5 +3,6 @@
 #define VEC_AVX512
 #include "gemm_blas.h"
 
-const gemm_kernel anert_gemm_blas_avx512 = {MR, NR, KC, 1, 1, MR * NR, pack_a, pack_b, tile_blas, NULL, NULL, anert_blas_begin, end, NULL, NULL};
+const gemm_kernel anert_gemm_blas_avx512 = {MR, NR, KC, 1, 1, MR * NR, pack_a, pack_b, tile_blas, NULL, NULL,
+                                            anert_blas_begin, end, NULL, NULL};
 #endif

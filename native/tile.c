@@ -92,7 +92,8 @@ static void load_rows_f16(const tile_job *job, const uint16_t *src, int64_t rs, 
 
 /* Asks for what the next chunk will load or store: chunks are shorter than what hardware prefetchers take to start, and lines to
  * be written may lie in another core's cache. */
-OWNING static void ask_next(const tile_state *t, const anert_view *v, const char *base, int64_t rows, int64_t lanes, bool writes) {
+OWNING static void ask_next(const tile_state *t, const anert_view *v, const char *base, int64_t rows, int64_t lanes,
+                            bool writes) {
     int64_t rs = v->strides[ANERT_DIMS - 2], size = (int64_t)dtype_bytes(v->dtype);
     const char *next = base + (t->rows < t->job->step->dims[ANERT_DIMS - 2] ? t->rows * rs : lanes) * size;
     if (rs == lanes) lanes *= rows, rows = 1;
