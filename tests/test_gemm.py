@@ -159,6 +159,25 @@ def test_bits_do_not_depend_on_strides_or_threads(pools, problem):
         np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8), err_msg=isa)
 
 
+@pytest.mark.parametrize("precision", [F32, BF16])
+@pytest.mark.parametrize(
+    ("layout", "dtype", "k"),
+    [("rows", F16, 832), ("rows", F32, 416), ("rows", BF16, 800), ("rows", F16, 300), ("cols", F16, 832), ("cols", F32, 330),
+     ("cols", BF16, 64), ("strided", F16, 390)],
+)  # fmt: skip
+def test_a_product_of_many_tasks(pools, layout, dtype, k, precision):
+    """Blocks of A that are packed ahead, within a task and for the next one, and register tiles that are stored late."""
+    problem = {"batch": 2, "m": 416 + k % 7, "n": 1090, "k": k, "layouts": (layout,) * 3, "dtypes": (dtype, F16, F16),
+               "precision": precision, "alpha": 0.5, "beta": 1.0, "seed": k}  # fmt: skip
+    exact, bound = expected(problem)
+    seen = {isa: set() for isa, _ in pools}
+    for (isa, threads), pool in pools.items():
+        result = solve(pool, problem, (layout, "rows", "rows"))
+        seen[isa].add(result.tobytes())
+        assert np.all(np.abs(widen(result, F16) - exact) <= bound), (isa, threads)
+    assert all(len(bits) == 1 for bits in seen.values())
+
+
 @pytest.mark.parametrize("isa", ffi.isas())
 @pytest.mark.parametrize("precision", [F32, BF16])
 def test_bits_do_not_depend_on_the_dtype_of_equal_values(pools, isa, precision):
@@ -336,7 +355,16 @@ int run_serial(int isa, int precision, long m, long n, long k, float alpha, aner
 }
 """
 SOURCES = (
-    *("gemm.c", "gemm_check.c", "gemm_scalar.c", "gemm_avx2.c", "gemm_avx512.c", "gemm_avx512bf16.c", "gemm_amx.c", "gemm_neon.c"),
+    *(
+        "gemm.c",
+        "gemm_check.c",
+        "gemm_scalar.c",
+        "gemm_avx2.c",
+        "gemm_avx512.c",
+        "gemm_avx512bf16.c",
+        "gemm_amx.c",
+        "gemm_neon.c",
+    ),
     *(
         "gemm_blas_scalar.c",
         "gemm_blas_avx2.c",
