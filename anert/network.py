@@ -203,7 +203,7 @@ class Network:
     def _update_task(self, p: Param) -> Task:
         def run() -> None:
             if p.name in self._due:
-                self._due.pop(p.name).apply(p)
+                self._due.pop(p.name).apply([p])
             if p.name in self._unclear:
                 self._clear(p)
 
@@ -413,9 +413,10 @@ class Network:
 
     def settle(self) -> None:
         """Do what is still due of the last `update`."""
-        while self._due:
-            name, optimizer = self._due.popitem()
-            optimizer.apply(self.store[name])
+        due = self._due.copy()
+        self._due.clear()
+        for optimizer in set(due.values()):
+            optimizer.apply([self.store[name] for name, o in due.items() if o is optimizer])
         for name in tuple(self._unclear):
             self._clear(self.store[name])
 

@@ -1,15 +1,15 @@
-"""Optimizers: one fused native pass a Param, reading gradient and moments, writing master and every fp16 copy; and
-schedules."""
+"""Optimizers: one fused native pass over a Param, reading gradient and moments, writing master and every fp16 copy;
+and schedules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from anert import ffi
 from anert.errors import InputError
 from anert.ffi import call
-from anert.param import Param, ParamStore
+from anert.param import Param, ParamStore, writing
 
 Schedule = Callable[[int], float]
 
@@ -27,12 +27,8 @@ def warmup_cosine(lr: float, min_lr: float, warmup: int, steps: int) -> Schedule
     return at
 
 
-def _float(array: object) -> object:
-    return ffi.ffi.cast("float *", array.ctypes.data)  # type: ignore[attr-defined]
-
-
 class Optimizer:
-    """Base: `step` updates every Param of a store; subclasses say how one is updated."""
+    """Base: `step` updates every Param of a store; subclasses name the native function that does."""
 
     name = ""
 
@@ -41,8 +37,9 @@ class Optimizer:
             if not 0.0 <= beta < 1.0:
                 raise InputError(f"{label} must be in [0, 1), got {beta}")
         self.store, self.t, self.clamped = store, 0, 0
-        self.weight_decay = weight_decay
-        self.args = ffi.ffi.new("anert_adamw_args *", {"beta1": beta1, "beta2": beta2, "eps": eps})
+        names = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
+        self.args = ffi.ffi.new("anert_adamw_args *", names)
+        self._table = ffi.ffi.new("anert_param[]", len(store))
         self._clamped = ffi.ffi.new("uint64_t *")
         self._sum, self._finite = ffi.ffi.new("double *"), ffi.ffi.new("int32_t *")
 
@@ -54,7 +51,7 @@ class Optimizer:
             squares, p.squares = p.squares, math.nan
             if not math.isfinite(squares):
                 call(
-                    ffi.lib.anert_sum_squares, self.store.pool.ptr, _float(p.grad), p.spec.size, self._sum, self._finite
+                    ffi.lib.anert_sum_squares, self.store.pool.ptr, p.record.grad, p.spec.size, self._sum, self._finite
                 )
                 squares = self._sum[0]
             total += squares
@@ -64,8 +61,7 @@ class Optimizer:
         """Update all Params with gradients times `grad_scale`; returns how many weights were clamped on their way to
         fp16."""
         self.begin(lr, grad_scale)
-        for p in self.store.values():
-            self.apply(p)
+        self.apply(list(self.store.values()))
         return self.clamped
 
     def begin(self, lr: float, grad_scale: float) -> None:
@@ -76,14 +72,17 @@ class Optimizer:
         a.bias1, a.bias2 = 1.0 - a.beta1**self.t, 1.0 - a.beta2**self.t
         self.clamped = 0
 
-    def apply(self, p: Param) -> None:
-        """Update one Param in the step that has begun, and count in `clamped`."""
-        self.args.weight_decay = self.weight_decay if p.spec.decay else 0.0
-        with p.writing():
-            self.update(p)
+    def apply(self, params: Sequence[Param]) -> None:
+        """Update some Params in the step that has begun, in one native call, and count in `clamped`."""
+        for i, p in enumerate(params):
+            self._table[i] = p.record[0]
+        with writing(params):
+            call(self.native(), self.store.pool.ptr, self._table, len(params), self.args[0], self._clamped)
         self.clamped += self._clamped[0]
 
-    def update(self, p: Param) -> None:
+    @staticmethod
+    def native() -> Callable[..., int]:
+        """The core's function: (pool, anert_param *, n, anert_adamw_args, clamped, error)."""
         raise NotImplementedError
 
 
@@ -92,10 +91,9 @@ class AdamW(Optimizer):
 
     name = "adamw"
 
-    def update(self, p: Param) -> None:
-        array, n = p.native
-        call(ffi.lib.anert_adamw, self.store.pool.ptr, _float(p.master), _float(p.m), _float(p.v), _float(p.grad),
-             p.rows, p.cols, self.args[0], array, n, self._clamped)  # fmt: skip
+    @staticmethod
+    def native() -> Callable[..., int]:
+        return ffi.lib.anert_adamw
 
 
 class Lion(Optimizer):
@@ -103,10 +101,9 @@ class Lion(Optimizer):
 
     name = "lion"
 
-    def update(self, p: Param) -> None:
-        array, n = p.native
-        call(ffi.lib.anert_lion, self.store.pool.ptr, _float(p.master), _float(p.m), _float(p.grad),
-             p.rows, p.cols, self.args[0], array, n, self._clamped)  # fmt: skip
+    @staticmethod
+    def native() -> Callable[..., int]:
+        return ffi.lib.anert_lion
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {c.name: c for c in (AdamW, Lion)}

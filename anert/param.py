@@ -75,8 +75,10 @@ class Param:
         """An int8 copy (anert_q8_encode); optimizers do not write it, `ParamStore.sync` does."""
         self.given: Surface | None = None
         """`halves` as the dense copy that programs read."""
-        self._shared: list[Surface] = []
+        self.shared: list[Surface] = []
+        """Where those placements lie that want locks."""
         self._native: Any = None
+        self._record: Any = None
 
     @property
     def master(self) -> np.ndarray:
@@ -91,6 +93,7 @@ class Param:
         if self._master is None:
             raise StateError(f"{self.name} has no master to change: it is read where a file holds it; load it to train")
         self._master = values
+        self._record = None
 
     def place(self, surface: Surface, slot: Slot) -> None:
         """Keep an fp16 copy at `slot` of `surface` from now on. ShapeError if the slot has another shape or leaves the
@@ -107,9 +110,9 @@ class Param:
                 f"{self.name}: slot of {slot.port} ends at byte {last * 2}, the surface has {surface.nbytes}"
             )
         self.placements.append((surface, slot))
-        if surface.shared and surface not in self._shared:
-            self._shared.append(surface)
-        self._native = None
+        if surface.shared and surface not in self.shared:
+            self.shared.append(surface)
+        self._native = self._record = None
 
     @property
     def native(self) -> tuple[Any, int]:
@@ -123,6 +126,19 @@ class Param:
         return self._native, len(self.placements)
 
     @property
+    def record(self) -> Any:
+        """Itself as an optimizer's anert_param, made anew when its master or a placement is."""
+        if self._record is None:
+            placements, n = self.native
+            arrays = {"master": self.master, "m": self.m, "v": self.v, "grad": self.grad}
+            pointers = {k: ffi.ffi.cast("float *", x.ctypes.data) for k, x in arrays.items() if x is not None}
+            self._record = ffi.ffi.new("anert_param *", {
+                **pointers, "rows": self.rows, "cols": self.cols, "decays": self.spec.decay,
+                "placements": placements, "n_placements": n,
+            })  # fmt: skip
+        return self._record
+
+    @property
     def surfaces(self) -> list[Surface]:
         """Where its copies lie, those that are written."""
         encoded = [self.encoded] if self.encoded is not None else []
@@ -132,17 +148,19 @@ class Param:
     def copies(self) -> int:
         return len(self.placements) + (self.encoded is not None)
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """While a native pass writes the copies: surfaces that another device shares are locked, and at the end the
-        seeds of all have advanced."""
-        with locked(self._shared):
-            yield
-        for surface, _ in self.placements:
-            surface.touch()
-
     def __repr__(self) -> str:
         return f"<Param {self.name} {self.spec.shape}>"
+
+
+@contextmanager
+def writing(params: Sequence[Param]) -> Iterator[None]:
+    """While a native pass writes the copies of some Params: surfaces that another device shares are locked, and at the
+    end the seeds of all have advanced."""
+    with locked(list(dict.fromkeys(surface for p in params for surface in p.shared))):
+        yield
+    for p in params:
+        for surface, _ in p.placements:
+            surface.touch()
 
 
 class ParamStore(Mapping[str, Param]):

@@ -130,28 +130,30 @@ typedef struct {
     double bias1, bias2; /* 1 - beta1^t, 1 - beta2^t */
     double grad_scale;   /* multiplies the gradient: clip factor over accumulation */
 } anert_adamw_args;
-/* AdamW (Loshchilov & Hutter 2019): reads grad, updates m, v and master (fp32, rows*cols each), then writes every
- * placement, clamped to +-65504; *clamped (may be NULL) is set to the number of weights that were past it. */
-anert_status anert_adamw(anert_pool *pool, float *master, float *m, float *v, const float *grad, int64_t rows,
-                         int64_t cols, anert_adamw_args args, const anert_placement *placements, int32_t n_placements,
-                         uint64_t *clamped, anert_error *err);
-/* Lion (Chen et al. 2023): sign of the interpolated momentum; bias1, bias2, eps unused. */
-anert_status anert_lion(anert_pool *pool, float *master, float *m, const float *grad, int64_t rows, int64_t cols,
-                        anert_adamw_args args, const anert_placement *placements, int32_t n_placements,
-                        uint64_t *clamped, anert_error *err);
+/* A Param: its weights, in training what an optimizer reads and writes beside them, and where its copies lie. */
+typedef struct {
+    float *master;          /* fp32 (rows, cols), and so are m, v and grad */
+    const uint16_t *halves; /* the weights, where master is NULL; optimizers want a master */
+    float *m, *v;
+    const float *grad;
+    int64_t rows, cols;
+    int32_t decays; /* whether weight decay applies */
+    int32_t n_placements;
+    const anert_placement *placements;
+    uint8_t *encoded; /* NULL, or a copy by anert_q8_encode, which a sync writes and an optimizer does not */
+} anert_param;
+/* AdamW (Loshchilov & Hutter 2019) of some Params: reads grad, updates m, v and master, then writes every placement, clamped
+ * to +-65504; *clamped (may be NULL) is set to the number of weights that were past it. Nothing is written unless all
+ * Params can be. */
+anert_status anert_adamw(anert_pool *pool, const anert_param *params, int64_t n, anert_adamw_args args, uint64_t *clamped,
+                         anert_error *err);
+/* Lion (Chen et al. 2023): sign of the interpolated momentum; v, bias1, bias2 and eps unused. */
+anert_status anert_lion(anert_pool *pool, const anert_param *params, int64_t n, anert_adamw_args args, uint64_t *clamped,
+                        anert_error *err);
 /* Write master to its placements and nothing else: the weight sync of a load or an init. */
 anert_status anert_param_sync(anert_pool *pool, const float *master, int64_t rows, int64_t cols,
                               const anert_placement *placements, int32_t n_placements, uint64_t *clamped,
                               anert_error *err);
-/* A Param as a sync writes it: its placements, and `encoded`, unless NULL, by anert_q8_encode. */
-typedef struct {
-    const float *master;
-    const uint16_t *halves; /* the weights, where master is NULL */
-    int64_t rows, cols;
-    const anert_placement *placements;
-    int32_t n_placements;
-    uint8_t *encoded;
-} anert_param;
 /* anert_param_sync of many, in one call. */
 anert_status anert_params_sync(anert_pool *pool, const anert_param *params, int64_t n, uint64_t *clamped, anert_error *err);
 /* Sum of squares in float64 by fixed chunks, thread-count independent; *finite is 0 if any value is inf or NaN. */

@@ -351,34 +351,49 @@ static update constants(const anert_adamw_args *args, bool adamw) {
     };
 }
 
-anert_status anert_adamw(anert_pool *pool, float *master, float *m, float *v, const float *grad, int64_t rows,
-                         int64_t cols, anert_adamw_args args, const anert_placement *placements, int32_t n_placements,
-                         uint64_t *clamped, anert_error *err) {
-    pass job = {.master = master, .m = m, .v = v, .grad = grad, .rows = rows, .cols = cols, .placements = placements,
-                .n_placements = n_placements};
-    anert_status status = check_pass(&job, err);
-    if (status == ANERT_OK)
-        status = check_update(&job, &args, true, err);
-    if (status != ANERT_OK)
-        return status;
-    job.u = constants(&args, true);
-    run_pass(pool, &job, clamped);
+static pass pass_of(const anert_param *p) {
+    return (pass){.master = p->master, .m = p->m, .v = p->v, .grad = p->grad, .rows = p->rows, .cols = p->cols,
+                  .placements = p->placements, .n_placements = p->n_placements};
+}
+
+static anert_status update_all(anert_pool *pool, const anert_param *params, int64_t n, anert_adamw_args args, bool adamw,
+                               uint64_t *clamped, anert_error *err) {
+    if (n < 0 || (n > 0 && params == NULL))
+        return anert_fail(err, ANERT_EINVAL, "%lld Params at %s", (long long)n, params == NULL ? "NULL" : "an address");
+    for (int64_t i = 0; i < n; i++) {
+        pass job = pass_of(&params[i]);
+        anert_status status = check_pass(&job, err);
+        if (status == ANERT_OK)
+            status = check_update(&job, &args, adamw, err);
+        if (status != ANERT_OK)
+            return status;
+    }
+    uint64_t total = 0, past;
+    const double decay = args.weight_decay;
+    anert_pool_enter(pool);
+    for (int64_t i = 0; i < n; i++) {
+        pass job = pass_of(&params[i]);
+        args.weight_decay = params[i].decays ? decay : 0.0;
+        job.u = constants(&args, adamw);
+        if (!adamw)
+            job.v = NULL;
+        run_pass(pool, &job, &past);
+        total += past;
+    }
+    anert_pool_leave(pool);
+    if (clamped != NULL)
+        *clamped = total;
     return ANERT_OK;
 }
 
-anert_status anert_lion(anert_pool *pool, float *master, float *m, const float *grad, int64_t rows, int64_t cols,
-                        anert_adamw_args args, const anert_placement *placements, int32_t n_placements,
-                        uint64_t *clamped, anert_error *err) {
-    pass job = {.master = master, .m = m, .grad = grad, .rows = rows, .cols = cols, .placements = placements,
-                .n_placements = n_placements};
-    anert_status status = check_pass(&job, err);
-    if (status == ANERT_OK)
-        status = check_update(&job, &args, false, err);
-    if (status != ANERT_OK)
-        return status;
-    job.u = constants(&args, false);
-    run_pass(pool, &job, clamped);
-    return ANERT_OK;
+anert_status anert_adamw(anert_pool *pool, const anert_param *params, int64_t n, anert_adamw_args args, uint64_t *clamped,
+                         anert_error *err) {
+    return update_all(pool, params, n, args, true, clamped, err);
+}
+
+anert_status anert_lion(anert_pool *pool, const anert_param *params, int64_t n, anert_adamw_args args, uint64_t *clamped,
+                        anert_error *err) {
+    return update_all(pool, params, n, args, false, clamped, err);
 }
 
 anert_status anert_param_sync(anert_pool *pool, const float *master, int64_t rows, int64_t cols,

@@ -82,28 +82,25 @@ def settings_of(step=1, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, 
     return native.ffi.new("anert_adamw_args *", names)[0]
 
 
+def update(function, pool, master, m, v, grad, rows, cols, args, where, n, clamped, decays=True):
+    """One Param by a native optimizer."""
+    item = {"master": master, "m": m, "v": v, "grad": grad, "rows": rows, "cols": cols, "decays": decays}
+    native.call(function, pool, [item | {"placements": where, "n_placements": n}], 1, args, clamped)
+
+
 def adamw(pool, master, m, v, grad, args, places=None):
     clamped = native.ffi.new("uint64_t *", 99)
     places = places or Places(*master.shape, [])
-    arguments = (
-        floats(master),
-        floats(m),
-        floats(v),
-        floats(grad),
-        *master.shape,
-        args,
-        places.records,
-        len(places.kinds),
-    )
-    native.call(native.lib.anert_adamw, pool.ptr, *arguments, clamped)
+    update(native.lib.anert_adamw, pool.ptr, floats(master), floats(m), floats(v), floats(grad), *master.shape, args,
+           places.records, len(places.kinds), clamped)  # fmt: skip
     return clamped[0]
 
 
 def lion(pool, master, m, grad, args, places=None):
     clamped = native.ffi.new("uint64_t *", 99)
     places = places or Places(*master.shape, [])
-    arguments = floats(master), floats(m), floats(grad), *master.shape, args, places.records, len(places.kinds)
-    native.call(native.lib.anert_lion, pool.ptr, *arguments, clamped)
+    update(native.lib.anert_lion, pool.ptr, floats(master), floats(m), F.NULL, floats(grad), *master.shape, args,
+           places.records, len(places.kinds), clamped)  # fmt: skip
     return clamped[0]
 
 
@@ -383,9 +380,9 @@ def test_bad_passes():
         with pytest.raises(InputError, match=message):
             native.call(lib.anert_param_sync, null, master, rows, cols, where, n, null)
         with pytest.raises(InputError, match=message):
-            native.call(lib.anert_adamw, null, master, p, p, p, rows, cols, args, where, n, null)
+            update(lib.anert_adamw, null, master, p, p, p, rows, cols, args, where, n, null)
         with pytest.raises(InputError, match=message):
-            native.call(lib.anert_lion, null, master, p, p, rows, cols, args, where, n, null)
+            update(lib.anert_lion, null, master, p, null, p, rows, cols, args, where, n, null)
 
 
 @pytest.mark.parametrize(
@@ -406,10 +403,10 @@ def test_bad_settings(field, value, message):
     args, p, null = settings_of(), F.new("float[4]", [1, 2, 3, 4]), F.NULL
     setattr(args, field, value)
     with pytest.raises(InputError, match=message):
-        native.call(native.lib.anert_adamw, null, p, p, p, p, 2, 2, args, null, 0, null)
+        update(native.lib.anert_adamw, null, p, p, p, p, 2, 2, args, null, 0, null)
     if field not in ("eps", "bias1", "bias2"):
         with pytest.raises(InputError, match=message):
-            native.call(native.lib.anert_lion, null, p, p, p, 2, 2, args, null, 0, null)
+            update(native.lib.anert_lion, null, p, p, null, p, 2, 2, args, null, 0, null)
     assert list(p) == [1, 2, 3, 4]
 
 
@@ -417,10 +414,44 @@ def test_null_state():
     args, p, null = settings_of(), F.new("float[4]"), F.NULL
     for arrays, name in (((p, null, p, p), "m"), ((p, p, null, p), "v"), ((p, p, p, null), "grad")):
         with pytest.raises(InputError, match=f"{name} is NULL"):
-            native.call(native.lib.anert_adamw, null, *arrays, 2, 2, args, null, 0, null)
-    for arrays, name in (((p, null, p), "m"), ((p, p, null), "grad")):
+            update(native.lib.anert_adamw, null, *arrays, 2, 2, args, null, 0, null)
+    for arrays, name in (((p, null, null, p), "m"), ((p, p, null, null), "grad")):
         with pytest.raises(InputError, match=f"{name} is NULL"):
-            native.call(native.lib.anert_lion, null, *arrays, 2, 2, args, null, 0, null)
+            update(native.lib.anert_lion, null, *arrays, 2, 2, args, null, 0, null)
+
+
+@pytest.mark.parametrize("name", ["anert_adamw", "anert_lion"])
+def test_many_params_are_those_one_by_one(name):
+    """Decayed and not, one matrix and one gain; and none is touched where one of them is refused."""
+    function, pool, rng = getattr(native.lib, name), native.Pool(2), np.random.default_rng(5)
+    arrays = [[rng.random((rows, cols), np.float32) for _ in range(4)] for rows, cols in ((33, 70), (50, 1), (4, 600))]
+    decays = (True, False, True)
+    alone, together = ([[x.copy() for x in group] for group in arrays] for _ in range(2))
+    halves = [np.zeros(group[0].shape, np.float16) for group in arrays]
+
+    def records(groups):
+        for group, half, decay in zip(groups, halves, decays, strict=True):
+            rows, cols = half.shape
+            where = F.new("anert_placement[1]", [(F.cast("uint16_t *", half.ctypes.data), cols, 1, 1)])
+            kept.append(where)
+            names = dict(zip(("master", "m", "v", "grad"), map(floats, group), strict=True))
+            yield names | {"rows": rows, "cols": cols, "decays": decay, "placements": where, "n_placements": 1}
+
+    kept, counts, args = [], F.new("uint64_t *"), settings_of()
+    for record in records(alone):
+        native.call(function, pool.ptr, [record], 1, args, counts)
+    native.call(function, pool.ptr, list(records(together)), 3, args, counts)
+    assert [x.tobytes() for g in together for x in g] == [x.tobytes() for g in alone for x in g]
+    assert all(np.array_equal(half, group[0].astype(np.float16)) for half, group in zip(halves, together, strict=True))
+    before = [x.copy() for group in together for x in group]
+    bad = list(records(together))
+    bad[2]["grad"] = F.NULL
+    with pytest.raises(InputError, match="grad is NULL"):
+        native.call(function, pool.ptr, bad, 3, args, counts)
+    assert all(np.array_equal(x, y) for x, y in zip(before, (x for g in together for x in g), strict=True))
+    for n, message in ((-1, "-1 Params"), (2, "2 Params at NULL")):
+        with pytest.raises(InputError, match=message):
+            native.call(function, pool.ptr, F.NULL, n, args, counts)
 
 
 def test_bad_reductions():
