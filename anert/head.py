@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anert import ffi
+from anert.errors import InputError
 from anert.ffi import Pool, call
 from anert.param import Param
 from anert.surface import Heap, Surface
@@ -38,8 +39,7 @@ class Head:
         self.table = self._fp16(embedding)
         self.classes = self._fp16(output)
         a.table = self.classes
-        self._targets = np.full(n, -1, np.int32)
-        a.targets = ffi.ffi.cast("int32_t *", self._targets.ctypes.data)
+        self._held: dict[int, tuple[np.ndarray, Any]] = {}
         self._loss, self._count = ffi.ffi.new("double *"), ffi.ffi.new("int64_t *")
         self._change, self._err = ffi.ffi.new("double *"), ffi.error()
 
@@ -58,19 +58,30 @@ class Head:
         """Of loss and backward: three GEMMs (vocab, n, dim)."""
         return 3 * 2 * self.vocab * self.dim * self.n
 
+    def hold(self, *ids: np.ndarray) -> None:
+        """Take the addresses of arrays that are given to the next calls, int32 (n,): a training step does that once, for
+        all of them. InputError for another type or size."""
+        for array in ids:
+            if array.dtype != np.int32 or array.shape != (self.n,) or not array.flags.c_contiguous:
+                raise InputError(f"expected {self.n} contiguous int32 ids, got {array.dtype} {array.shape}")
+        self._held = {id(array): (array, ffi.ffi.from_buffer("int32_t[]", array)) for array in ids}
+
+    def _address(self, ids: np.ndarray) -> Any:
+        if id(ids) not in self._held:
+            self.hold(ids)
+        return self._held[id(ids)][1]
+
     def embed(self, tokens: np.ndarray, x: Location) -> None:
-        """x (dim, n) = columns of the embedding. `tokens` int32 (n,), C-contiguous."""
+        """x (dim, n) = columns of the embedding. `tokens`: see `hold`."""
         call(ffi.lib.anert_embed, self.pool.ptr, self.table, self.embedding.rows, self.embedding.cols,
-             ffi.ffi.from_buffer("int32_t[]", tokens), self.n, x.pointer, x.slot.row_stride, err=self._err)  # fmt: skip
+             self._address(tokens), self.n, x.pointer, x.slot.row_stride, err=self._err)  # fmt: skip
         x.surface.touch()
 
     def embed_backward(self, tokens: np.ndarray, dx: Location, alpha: float) -> None:
         """Embedding gradient += alpha * dx, scattered by token; its sum of squares, where that is known, follows."""
-        grad = self.embedding.grad
-        assert grad is not None
         call(ffi.lib.anert_embed_backward, self.pool.ptr, alpha, dx.pointer, dx.slot.row_stride,
-             ffi.ffi.cast("int32_t *", tokens.ctypes.data), self.n, self.embedding.rows, self.embedding.cols,
-             ffi.ffi.cast("float *", grad.ctypes.data), self._change, err=self._err)  # fmt: skip
+             self._address(tokens), self.n, self.embedding.rows, self.embedding.cols,
+             self.embedding.record.grad, self._change, err=self._err)  # fmt: skip
         self.embedding.squares += self._change[0]
 
     def loss(self, x: Location, targets: np.ndarray) -> tuple[float, int]:
@@ -88,17 +99,15 @@ class Head:
 
     def _run(self, x: Location, targets: np.ndarray, dx: Location | None, scale: float) -> tuple[float, int]:
         a = self.args
-        np.copyto(self._targets, targets)
+        a.targets = self._address(targets)
         a.x, a.x_stride, a.loss_scale, a.grad_alpha = x.pointer, x.slot.row_stride, scale, 1.0
         if dx is None:
             a.dx = a.dgain = a.dtable = ffi.ffi.NULL
         else:
-            assert self.output.grad is not None
-            a.dx, a.dx_stride = dx.pointer, dx.slot.row_stride
-            a.dtable = ffi.ffi.cast("float *", self.output.grad.ctypes.data)
-            if self.norm is not None and self.norm.grad is not None:
-                a.dgain = ffi.ffi.cast("float *", self.norm.grad.ctypes.data)
-        call(ffi.lib.anert_head_loss, self.pool.ptr, a, self._loss, self._count)
+            a.dx, a.dx_stride, a.dtable = dx.pointer, dx.slot.row_stride, self.output.record.grad
+            if self.norm is not None:
+                a.dgain = self.norm.record.grad
+        call(ffi.lib.anert_head_loss, self.pool.ptr, a, self._loss, self._count, err=self._err)
         if dx is not None:
             dx.surface.touch()
         return self._loss[0], self._count[0]

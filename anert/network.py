@@ -440,6 +440,7 @@ class Network:
         cotangents."""
         step = self._step
         step.tokens, step.targets, step.scale = tokens, targets, scale
+        self.head.hold(tokens, targets)
         self._training.run(self.ms)
         return step.loss
 

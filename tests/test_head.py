@@ -215,3 +215,11 @@ def test_a_token_past_the_vocabulary_is_named():
     tokens[5] = 50
     with pytest.raises(InputError, match="token id 50 at position 5"):
         r.head.embed(tokens, r.x)
+
+
+@pytest.mark.parametrize("ids", [np.zeros(7, np.int32), np.zeros(8, np.int64), np.zeros(16, np.int32)[::2]])
+def test_ids_of_another_size_or_type_are_refused(ids):
+    r = rig(20, 8, 8, True, True)
+    for run in (r.head.loss, lambda x, ids: r.head.embed(ids, x), lambda _, ids: r.head.hold(ids)):
+        with pytest.raises(InputError, match="expected 8 contiguous int32 ids"):
+            run(r.x, ids)
