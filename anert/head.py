@@ -59,7 +59,7 @@ class Head:
         return 3 * 2 * self.vocab * self.dim * self.n
 
     def hold(self, *ids: np.ndarray) -> None:
-        """Take the addresses of arrays that are given to the next calls, int32 (n,): a training step does that once, for
+        """Take the addresses of arrays that are given to the next calls, int32 (n,): a step does that once, for
         all of them. InputError for another type or size."""
         for array in ids:
             if array.dtype != np.int32 or array.shape != (self.n,) or not array.flags.c_contiguous:
