@@ -351,9 +351,9 @@ static update constants(const anert_adamw_args *args, bool adamw) {
     };
 }
 
-static pass pass_of(const anert_param *p) {
-    return (pass){.master = p->master, .m = p->m, .v = p->v, .grad = p->grad, .rows = p->rows, .cols = p->cols,
-                  .placements = p->placements, .n_placements = p->n_placements};
+static pass pass_of(const anert_param *p, bool adamw) {
+    return (pass){.master = p->master, .m = p->m, .v = adamw ? p->v : NULL, .grad = p->grad, .rows = p->rows,
+                  .cols = p->cols, .placements = p->placements, .n_placements = p->n_placements};
 }
 
 static anert_status update_all(anert_pool *pool, const anert_param *params, int64_t n, anert_adamw_args args, bool adamw,
@@ -361,7 +361,7 @@ static anert_status update_all(anert_pool *pool, const anert_param *params, int6
     if (n < 0 || (n > 0 && params == NULL))
         return anert_fail(err, ANERT_EINVAL, "%lld Params at %s", (long long)n, params == NULL ? "NULL" : "an address");
     for (int64_t i = 0; i < n; i++) {
-        pass job = pass_of(&params[i]);
+        pass job = pass_of(&params[i], adamw);
         anert_status status = check_pass(&job, err);
         if (status == ANERT_OK)
             status = check_update(&job, &args, adamw, err);
@@ -372,11 +372,9 @@ static anert_status update_all(anert_pool *pool, const anert_param *params, int6
     const double decay = args.weight_decay;
     anert_pool_enter(pool);
     for (int64_t i = 0; i < n; i++) {
-        pass job = pass_of(&params[i]);
+        pass job = pass_of(&params[i], adamw);
         args.weight_decay = params[i].decays ? decay : 0.0;
         job.u = constants(&args, adamw);
-        if (!adamw)
-            job.v = NULL;
         run_pass(pool, &job, &past);
         total += past;
     }
