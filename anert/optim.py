@@ -28,7 +28,7 @@ def warmup_cosine(lr: float, min_lr: float, warmup: int, steps: int) -> Schedule
 
 
 class Optimizer:
-    """Base: `step` updates every Param of a store; subclasses name the native function that does."""
+    """Base: `step` updates every Param of a store; subclasses say how some are."""
 
     name = ""
 
@@ -39,7 +39,7 @@ class Optimizer:
         self.store, self.t, self.clamped = store, 0, 0
         names = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
         self.args = ffi.ffi.new("anert_adamw_args *", names)
-        self._table = ffi.ffi.new("anert_param[]", len(store))
+        self._table, self._err = ffi.ffi.new("anert_param[]", len(store)), ffi.error()
         self._clamped = ffi.ffi.new("uint64_t *")
         self._sum, self._finite = ffi.ffi.new("double *"), ffi.ffi.new("int32_t *")
 
@@ -73,17 +73,18 @@ class Optimizer:
         self.clamped = 0
 
     def apply(self, params: Sequence[Param]) -> None:
-        """Update some Params in the step that has begun, in one native call, and count in `clamped`."""
-        for i, p in enumerate(params):
-            self._table[i] = p.record[0]
+        """Update some Params in the step that has begun, and count in `clamped`."""
         with writing(params):
-            call(self.native(), self.store.pool.ptr, self._table, len(params), self.args[0], self._clamped)
+            self.update(params)
         self.clamped += self._clamped[0]
 
-    @staticmethod
-    def native() -> Callable[..., int]:
-        """The core's function: (pool, anert_param *, n, anert_adamw_args, clamped, error)."""
+    def update(self, params: Sequence[Param]) -> None:
         raise NotImplementedError
+
+    def _run(self, native: Callable[..., int], params: Sequence[Param]) -> None:
+        for i, p in enumerate(params):
+            self._table[i] = p.record[0]
+        call(native, self.store.pool.ptr, self._table, len(params), self.args[0], self._clamped, err=self._err)
 
 
 class AdamW(Optimizer):
@@ -91,9 +92,8 @@ class AdamW(Optimizer):
 
     name = "adamw"
 
-    @staticmethod
-    def native() -> Callable[..., int]:
-        return ffi.lib.anert_adamw
+    def update(self, params: Sequence[Param]) -> None:
+        self._run(ffi.lib.anert_adamw, params)
 
 
 class Lion(Optimizer):
@@ -101,9 +101,8 @@ class Lion(Optimizer):
 
     name = "lion"
 
-    @staticmethod
-    def native() -> Callable[..., int]:
-        return ffi.lib.anert_lion
+    def update(self, params: Sequence[Param]) -> None:
+        self._run(ffi.lib.anert_lion, params)
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {c.name: c for c in (AdamW, Lion)}
