@@ -162,7 +162,7 @@ def test_bits_do_not_depend_on_strides_or_threads(pools, problem):
 @pytest.mark.parametrize("precision", [F32, BF16])
 @pytest.mark.parametrize(
     ("layout", "dtype", "k"),
-    [("rows", F16, 832), ("rows", F32, 416), ("rows", BF16, 800), ("rows", F16, 300), ("cols", F16, 832), ("cols", F32, 330),
+    [("rows", F16, 448), ("rows", F32, 416), ("rows", BF16, 64), ("rows", F16, 300), ("cols", F16, 416), ("cols", F32, 330),
      ("cols", BF16, 64), ("strided", F16, 390)],
 )  # fmt: skip
 def test_a_product_of_many_tasks(pools, layout, dtype, k, precision):
