@@ -413,10 +413,9 @@ class Network:
 
     def settle(self) -> None:
         """Do what is still due of the last `update`."""
-        due = self._due.copy()
+        for optimizer in set(self._due.values()):
+            optimizer.apply([self.store[name] for name, o in self._due.items() if o is optimizer])
         self._due.clear()
-        for optimizer in set(due.values()):
-            optimizer.apply([self.store[name] for name, o in due.items() if o is optimizer])
         for name in tuple(self._unclear):
             self._clear(self.store[name])
 

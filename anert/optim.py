@@ -28,7 +28,7 @@ def warmup_cosine(lr: float, min_lr: float, warmup: int, steps: int) -> Schedule
 
 
 class Optimizer:
-    """Base: `step` updates every Param of a store; subclasses say how some are."""
+    """Base: `step` updates every Param of a store; subclasses say how some of them are."""
 
     name = ""
 
