@@ -1,8 +1,8 @@
 /* gemm.c: C = beta C + alpha A B from packed panels: checks, blocking and threads. The kernels are in gemm_<isa>.c.
  *
  * After Goto & van de Geijn (2008). B is packed once, by all threads, into panels that they share. A task then owns a block
- * of C. Per block of k it packs its rows of A: a panel of B stays in L1 while the panels of A stream from L2 (AMX: the other way). With tiles
- * that multiply ten times faster than packing converts, packing an operand twice would show. */
+ * of C. Per block of k it packs its rows of A: a panel of B stays in L1 while the panels of A stream from L2 (AMX: the other
+ * way). With tiles that multiply ten times faster than packing converts, packing an operand twice would show. */
 #include <stdlib.h>
 
 #include "gemm.h"
