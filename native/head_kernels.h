@@ -65,24 +65,25 @@ VEC_FN void head_gain_grad(const float *dh, int64_t hs, const uint16_t *x, int64
     }
 }
 
+/* Row after row, as they lie: a column at a time would take a line of every row, most of them in the same sets of L1. */
 VEC_FN void head_soft_part(const float *logits, int64_t ls, int64_t rows, int64_t cols, float *top, float *sum) {
-    EACH_VECTOR(cols) {
-        vf m = get(logits, t, ANERT_F32, w), s = vf_zero();
-        for (int64_t v = 1; v < rows; v++)
-            m = vf_max(m, get(logits, v * ls + t, ANERT_F32, w));
-        for (int64_t v = 0; v < rows; v++)
-            s = vf_add(s, vf_exp(vf_sub(get(logits, v * ls + t, ANERT_F32, w), m)));
-        put(top, t, ANERT_F32, w, m);
-        put(sum, t, ANERT_F32, w, s);
-    }
+    memcpy(top, logits, (size_t)cols * sizeof *top);
+    memset(sum, 0, (size_t)cols * sizeof *sum);
+    for (int64_t v = 1; v < rows; v++)
+        EACH_VECTOR(cols) put(top, t, ANERT_F32, w, vf_max(get(top, t, ANERT_F32, w), get(logits, v * ls + t, ANERT_F32, w)));
+    for (int64_t v = 0; v < rows; v++)
+        EACH_VECTOR(cols) {
+            vf x = vf_exp(vf_sub(get(logits, v * ls + t, ANERT_F32, w), get(top, t, ANERT_F32, w)));
+            put(sum, t, ANERT_F32, w, vf_add(get(sum, t, ANERT_F32, w), x));
+        }
 }
 
 VEC_FN void head_soft_grad(float *logits, int64_t ls, int64_t rows, int64_t cols, const float *top, const float *scale) {
-    EACH_VECTOR(cols) {
-        vf m = get(top, t, ANERT_F32, w), k = get(scale, t, ANERT_F32, w);
-        for (int64_t v = 0; v < rows; v++)
-            put(logits, v * ls + t, ANERT_F32, w, vf_mul(vf_exp(vf_sub(get(logits, v * ls + t, ANERT_F32, w), m)), k));
-    }
+    for (int64_t v = 0; v < rows; v++)
+        EACH_VECTOR(cols) {
+            vf x = vf_exp(vf_sub(get(logits, v * ls + t, ANERT_F32, w), get(top, t, ANERT_F32, w)));
+            put(logits, v * ls + t, ANERT_F32, w, vf_mul(x, get(scale, t, ANERT_F32, w)));
+        }
 }
 
 const anert_head_kernels HEAD_TABLE = {head_norm, head_norm_back, head_gain_grad, head_soft_part, head_soft_grad};

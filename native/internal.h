@@ -37,6 +37,20 @@ anert_status anert_fail(anert_error *err, anert_status status, const char *forma
 /* fp16 and bf16 scalars: the hardware's rounding, portable. */
 uint16_t anert_half(float x);
 float anert_float(uint16_t h);
+static inline __attribute__((unused)) uint16_t bf16_of(float x) { /* to nearest even; a NaN stays one */
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return (uint16_t)(bits >> 16 | 0x40u);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+static inline __attribute__((unused)) float bf16_float(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
 
 /* pool.c: body(arg, index, thread) for every index in [0, n), each exactly once; returns when all are done. thread is in
  * [0, anert_pool_threads). Takes the pool's mutex: never call it from inside a body. */

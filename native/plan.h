@@ -23,6 +23,7 @@ typedef struct {
     tile_fn *op[ANERT_TILE_OPS];
     tile_fn *by_rows[3], *by_lanes[3]; /* SUM, RMAX, RMIN */
     void (*join[3])(float *part);      /* part (TILE_PARTIALS), what a fold by lanes left of a row, into its first */
+    void (*to_bf16)(const float *src, uint16_t *dst, int64_t n);
 } anert_tile_kernels;
 const anert_tile_kernels *anert_tile_kernels_for(int32_t isa); /* isa resolved, not AUTO */
 
@@ -62,11 +63,6 @@ typedef union {
     int32_t i;
     uint32_t u;
 } lane_word;
-
-static inline uint16_t bf16_round(lane_word w) { /* to nearest even; NaN stays NaN */
-    if ((w.u & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(w.u >> 16 | 0x40u);
-    return (uint16_t)((w.u + 0x7fffu + (w.u >> 16 & 1u)) >> 16);
-}
 
 static inline size_t dtype_bytes(int32_t dtype) {
     return dtype == ANERT_F32 || dtype == ANERT_I32 ? 4 : dtype == ANERT_F16 || dtype == ANERT_BF16 ? 2 : 1;

@@ -53,10 +53,9 @@ size_t tile_scratch_bytes(const anert_step *s) {
 
 /* ---- Loads and stores ---- */
 static void store_scalar(char *base, int32_t dtype, int64_t i, float x) {
-    lane_word w = {.f = x};
     switch (dtype) {
     case ANERT_F16: ((uint16_t *)base)[i] = anert_half(x); return;
-    case ANERT_BF16: ((uint16_t *)base)[i] = bf16_round(w); return;
+    case ANERT_BF16: ((uint16_t *)base)[i] = bf16_of(x); return;
     case ANERT_U8: ((uint8_t *)base)[i] = (uint8_t)(x >= 255.0f ? 255 : x > 0.0f ? (int32_t)x : 0); return;
     case ANERT_I8: ((int8_t *)base)[i] = (int8_t)(x >= 127.0f ? 127 : x > -128.0f ? (int32_t)x : -128); return;
     default: ((float *)base)[i] = x; return;
@@ -161,6 +160,11 @@ static void store(tile_state *t, const tile_instr *in) {
         if ((v->dtype == ANERT_F32 || v->dtype == ANERT_I32) && ls == 1) {
             for (int64_t r = 0; r < rows; r++)
                 memmove((float *)base + r * rs, src + r * row, (size_t)lanes * sizeof(float));
+            return;
+        }
+        if (v->dtype == ANERT_BF16 && ls == 1) {
+            for (int64_t r = 0; r < rows; r++)
+                t->job->kernels->to_bf16(src + r * row, (uint16_t *)base + r * rs, lanes);
             return;
         }
         if (v->dtype == ANERT_F16 && (ls == 1 || (rs == 1 && ls > 0 && rows > 1))) {

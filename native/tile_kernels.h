@@ -181,6 +181,12 @@ static void op_half(tile_args *g) {
     g->overflows = overflows;
 }
 
+static void to_bf16(const float *src, uint16_t *dst, int64_t n) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) vf_store_bf16(dst + i, vf_load(src + i));
+    for (; i < n; i++) dst[i] = bf16_of(src[i]);
+}
+
 #define FOLD_SUM(x, y) ((x) + (y))
 #define FOLD_MAX(x, y) ((x) > (y) || (x) != (x) ? (x) : (y))
 #define FOLD_MIN(x, y) ((x) < (y) || (x) != (x) ? (x) : (y))
@@ -246,4 +252,5 @@ const anert_tile_kernels TILE_TABLE = {
     .by_rows = {rows_sum, rows_max, rows_min},
     .by_lanes = {lanes_sum, lanes_max, lanes_min},
     .join = {join_sum, join_max, join_min},
+    .to_bf16 = to_bf16,
 };

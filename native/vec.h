@@ -27,22 +27,6 @@
 #define VEC_FN static __attribute__((unused)) VEC_TARGET
 #define VEC_INLINE static inline __attribute__((always_inline, unused)) VEC_TARGET
 
-/* bf16 of x, to nearest even; a NaN stays one. */
-static inline __attribute__((unused)) uint16_t bf16_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    if ((bits & 0x7fffffffu) > 0x7f800000u)
-        return (uint16_t)(bits >> 16 | 0x40u);
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-static inline __attribute__((unused)) float bf16_float(uint16_t h) {
-    uint32_t bits = (uint32_t)h << 16;
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 #if defined(VEC_AVX2)
 #include "vec_avx2.h"
 #elif defined(VEC_AVX512) || defined(VEC_AVX512BF16)

@@ -185,7 +185,7 @@ class Emitter:
         at = 0
         for root in region.scratch:
             self.scratch[root] = at
-            at += region.block * region.keys * 4
+            at += -(-region.block * region.keys * STORAGE[root.dtype][1] // ALIGN) * ALIGN
         batch = [*(1,) * (3 - len(region.batch)), *region.batch]
         args = [region.block, len(region.steps), int(region.causal), 0, at, int(region.independent)]
         self._step("region", [*batch, region.queries, region.keys], len(self.views), args=args)

@@ -153,6 +153,39 @@ def _passes(nodes: Sequence[Node], space: Space) -> bool:
     return True
 
 
+def read_outputs(graph: Graph) -> None:
+    """Values that the program returns in fp16 are read as they are returned, wherever they pass through memory: by
+    contractions, and by all if a contraction made them. One copy serves both, half as large as an interior one, and
+    the backward pass finds what the forward pass has used."""
+    graph.link()
+    for copy in [n for n in graph.nodes if n.kind == "ew" and n.op == "mov" and n.out.root.place == "output"]:
+        source = copy.sources[0]
+        if not isinstance(source, Ref) or (source.dtype, copy.out.dtype) != ("f32", "f16"):
+            continue
+        root, target = source.root, copy.out.view("reshape", source.root.shape)
+        if root.place != "arena" or not source.is_whole() or not copy.out.is_whole() or target is None:
+            continue
+        made = all(w.kind == "gemm" for w in root.writers)
+        for n in [n for n in root.readers if n is not copy and n.kind in (("gemm", *FUSABLE) if made else ("gemm",))]:
+            moved = [s.replay(target) if isinstance(s, Ref) and s.root is root else s for s in n.sources]
+            if None not in moved:
+                n.sources = tuple(s for s in moved if s is not None)
+        graph.nodes.remove(copy)
+        graph.nodes.insert(max(graph.nodes.index(w) for w in root.writers) + 1, copy)
+        graph.link()
+
+
+def narrow(graph: Graph, units: Sequence[Unit]) -> None:
+    """Interior values that contractions in bf16 alone read are kept in bf16, which they would be rounded to anyway:
+    not a bit of a result changes. Not those that a region's blocks of queries add up in."""
+    sums = {p.node for u in units if u.region is not None for p in u.region.products if p.adds_up}
+    for root in {ref.root for n in graph.nodes for ref in n.written()}:
+        plain = root.place == "arena" and root.dtype == "f32" and bool(root.readers)
+        written = all(w.kind in ("gemm", *FUSABLE) and w not in sums for w in root.writers)
+        if plain and written and all(n.kind == "gemm" and n.refs()[0].dtype != "q8" for n in root.readers):
+            root.dtype = "bf16"
+
+
 def retarget(graph: Graph) -> None:
     """Drop copies of values that nobody else reads: their producers write where the copy would have."""
     graph.link()

@@ -14,13 +14,14 @@ from anert.ffi import load
 STORAGE: dict[str, tuple[str, int]] = {
     "f32": ("ANERT_F32", 4),
     "f16": ("ANERT_F16", 2),
+    "bf16": ("ANERT_BF16", 2),
     "i32": ("ANERT_I32", 4),
     "u8": ("ANERT_U8", 1),
     "i8": ("ANERT_I8", 1),
     "q8": ("ANERT_Q8", 1),
 }
-"""Storage type -> its name in anert.h and its bytes. bool is u8 that holds 0 or 1; q8 is a matrix encoded by
-anert_q8_encode."""
+"""Storage type -> its name in anert.h and its bytes. bool is u8 that holds 0 or 1; bf16 is what contractions alone read;
+q8 is a matrix encoded by anert_q8_encode."""
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

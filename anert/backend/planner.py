@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from anert.backend.attention import Finder
 from anert.backend.base import Port, ProgramStats, written_flops
 from anert.backend.emit import Emitted, Emitter
-from anert.backend.fuse import Fuser, prune, retarget
+from anert.backend.fuse import Fuser, narrow, prune, read_outputs, retarget
 from anert.backend.lower import Lowering, OpLowering
 from anert.backend.nodes import Graph
 from anert.backend.plan import Plan
@@ -50,8 +50,12 @@ def _emitted(
 ) -> tuple[Graph, Emitted]:
     graph = Lowering(function, precision, encodings).run(lowerings())
     prune(graph)
+    if precision != "fp32":
+        read_outputs(graph)
     retarget(graph)
     units = Fuser(graph, fuse, max_dims).run()
     if fuse:
         units = Finder(units).run()
+    if precision == "bf16":
+        narrow(graph, units)
     return graph, Emitter(graph, units, precision).run()

@@ -26,7 +26,8 @@ MAX_REGISTERS = 64
 HEAVY = frozenset({"exp", "log", "tanh", "sigmoid", "erf", "pow", "sin", "cos", "tan", "asin", "acos", "atan", "sinh",
                    "cosh", "atanh", "mod", "i32_div", "i32_mod"})  # fmt: skip
 """Ops that are kept rather than computed again."""
-CHEAP_OPS = 4
+CHEAP_OPS, SMALL_TILE = 4, 4096
+"""Ops that cost no more than keeping their value; in a tile of so few elements, which stays in L1, that costs one."""
 FOLDS = frozenset({"sum", "rmax", "rmin"})
 
 
@@ -375,7 +376,7 @@ class _Schedule:
         if home is not None:
             v.kept = home
             return
-        if self._cost(number, phase) > CHEAP_OPS:
+        if self._cost(number, phase) > (1 if self.tile.size <= SMALL_TILE else CHEAP_OPS):
             v.kept = View(None, "f32", self.spill, tuple(self._spill_strides(v.kind)))
             self.spill += self.tile.size
             return

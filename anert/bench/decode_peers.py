@@ -26,6 +26,8 @@ LAYER = {
     "ffn_norm": "ffn_norm", "w1": "ffn_gate", "w2": "ffn_down", "w3": "ffn_up",
 }  # fmt: skip
 """Our names of a layer's parameters and GGUF's."""
+PROMPT = "Once upon a time"
+"""Of the first token."""
 
 
 def peer_cases(name: str, options: BenchOptions, told: Told, ours: list[Case],
@@ -128,9 +130,13 @@ def write_llama2c(told: Told, path: Path) -> bool:
 
 
 def write_vocabulary(n: int, path: Path) -> None:
-    """A tokenizer.bin of n pieces: control tokens, all bytes, then `t<id>`."""
+    """A tokenizer.bin of n pieces: control tokens, all bytes, what merges into the words of PROMPT, one token each as in
+    a trained vocabulary, then `t<id>`."""
     names = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{b:02X}>" for b in range(256))]
-    pieces = [piece.encode() for piece in (names + [f" t{i}" for i in range(len(names), n)])[:n]]
+    words = [f" {word}" for word in PROMPT.split()]
+    made = dict.fromkeys([*"".join(words), *(word[:end] for word in words for end in range(2, len(word) + 1))])
+    first = len(names) + len(made)
+    pieces = [piece.encode() for piece in [*names, *made, *(f" t{i}" for i in range(first, n))][:n]]
     with open(path, "wb") as f:
         f.write(struct.pack("<I", max(map(len, pieces))))
         for i, piece in enumerate(pieces):
