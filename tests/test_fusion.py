@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mil_graphs import evaluate, widen
 
 from anert import nn
+from anert.backend import planner
 from anert.backend.cpu import PRECISIONS, CpuBackend
 from anert.ffi import Pool
 from anert.mil import ops
@@ -239,3 +240,71 @@ def test_a_chunk_of_one_lane_keeps_its_columns(positions: int, dtype: str) -> No
     found = run_program(backend, backend.compile_function(graph), arrays)
     for v, wanted in zip(graph.outputs, evaluate(graph, arrays), strict=True):
         np.testing.assert_allclose(found[v.name], wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_values_kept_in_bf16_change_no_bit(fuse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What contractions alone read is rounded once, whether where it is written or where it is read."""
+    backend, saved = CpuBackend(Pool(2), "bf16", fuse=fuse), []
+
+    @settings(max_examples=EXAMPLES, **QUIETLY)
+    @given(graphs(Graph.EXACT + Graph.SUMMED))
+    def check(case: tuple[Function, dict[str, np.ndarray]]) -> None:
+        function, arrays = case
+        narrow = backend.compile_function(function)
+        with monkeypatch.context() as patch:
+            patch.setattr(planner, "narrow", lambda units: None)
+            wide = backend.compile_function(function)
+        saved.append(wide.stats.arena_bytes - narrow.stats.arena_bytes)
+        a, b = (run_program(backend, program, arrays) for program in (narrow, wide))
+        for name in a:
+            assert a[name].tobytes() == b[name].tobytes(), f"{name}: {np.abs(a[name] - b[name]).max()}"
+
+    check()
+    assert sum(s > 0 for s in saved) >= EXAMPLES // 8 and min(saved) >= 0, saved
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_what_is_returned_is_read_as_it_is_returned(precision: str) -> None:
+    """In bf16 and fp16: a contraction's result by everybody, an elementwise one by contractions. In fp32 interiors stay
+    as exact as they are."""
+    rng, backend = np.random.default_rng(3), CpuBackend(Pool(2), precision)
+    arrays = {"i00_x": rng.standard_normal((48, 33)), "i01_w": rng.standard_normal((40, 48))}
+    arrays = {name: a.astype(np.float16) for name, a in arrays.items()}
+
+    def inputs(function: Function, *names: str) -> list[Value]:
+        return [function.input(name, arrays[name].shape, "fp16") for name in names]
+
+    def run(function: Function) -> list[np.ndarray]:
+        found = run_program(backend, backend.compile_function(function), arrays)
+        return [found[v.name] for v in function.outputs]
+
+    graph = Function("main")
+    x, w = inputs(graph, "i00_x", "i01_w")
+    bent, h = ops.tanh(x), ops.matmul(w, x)
+    bent_seen, h_seen, product, scaled = run(graph.returns(bent, h, ops.matmul(w, bent), h * 1.7))
+    arrays |= {"i02_bent": bent_seen, "i03_h": h_seen}
+    graph = Function("main")
+    w, bent, h = inputs(graph, "i01_w", "i02_bent", "i03_h")
+    for got, wanted in zip((product, scaled), run(graph.returns(ops.matmul(w, bent), h * 1.7)), strict=True):
+        assert (got.tobytes() == wanted.tobytes()) == (precision != "fp32"), np.abs(got - wanted).max()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_blocks_of_queries_add_up_in_fp32(precision: str) -> None:
+    """dv = dout P sums over all queries, a block of them at a time, though it is returned in fp16 or read by a product
+    alone."""
+    graph, rng, (h, d, n) = Function("main"), np.random.default_rng(4), (2, 16, 256)
+    names = ("i00_q", "i01_k", "i02_v", "i03_dout", "i04_u")
+    arrays = {name: rng.standard_normal((h, d, n)).astype(np.float16) for name in names}
+    q, k, v, dout, u = (graph.input(name, (h, d, n), "fp16") for name in names)
+    p = ops.softmax(ops.matmul(q, k, transpose_x=True) * d**-0.5, axis=-1)
+    du = ops.matmul(ops.matmul(u, p), v, transpose_y=True)
+    graph.returns(ops.matmul(v, p, transpose_y=True), ops.matmul(dout, p), du)
+    fused, apart = (CpuBackend(Pool(2), precision, fuse=fuse) for fuse in (True, False))
+    program = fused.compile_function(graph)
+    assert program.stats.patterns["attention_backward"] == 1
+    found, wanted = run_program(fused, program, arrays), run_program(apart, apart.compile_function(graph), arrays)
+    for out, least in zip(graph.outputs[1:], (0.98, 0.6), strict=True):
+        same = np.mean(found[out.name] == wanted[out.name])
+        assert same > least, f"{out.name}: {same}"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from anert.backend.nodes import Graph, Node, Ref
+from anert.backend.nodes import Graph, Node, Ref, Root
 from anert.backend.views import contiguous, refine, same_strides
 
 if TYPE_CHECKING:
@@ -162,8 +162,10 @@ def read_outputs(graph: Graph) -> None:
         source = copy.sources[0]
         if not isinstance(source, Ref) or (source.dtype, copy.out.dtype) != ("f32", "f16"):
             continue
-        root, target = source.root, copy.out.view("reshape", source.root.shape)
-        if root.place != "arena" or not source.is_whole() or not copy.out.is_whole() or target is None:
+        root = source.root
+        whole = root.place == "arena" and source.is_whole() and copy.out.is_whole()
+        target = copy.out.view("reshape", root.shape) if whole else None
+        if target is None:
             continue
         made = all(w.kind == "gemm" for w in root.writers)
         for n in [n for n in root.readers if n is not copy and n.kind in (("gemm", *FUSABLE) if made else ("gemm",))]:
@@ -175,11 +177,37 @@ def read_outputs(graph: Graph) -> None:
         graph.link()
 
 
-def narrow(graph: Graph, units: Sequence[Unit]) -> None:
+def sums_of(units: Sequence[Unit]) -> dict[Node, Unit]:
+    """Products of regions whose blocks of queries add up in memory, and their regions."""
+    regions = [(u, u.region) for u in units if u.region is not None]
+    return {p.node: u for u, region in regions for p in region.products if p.adds_up}
+
+
+def widen_sums(units: Sequence[Unit]) -> list[Unit]:
+    """Blocks of queries add up in fp32: a sum that would grow in an fp16 output does so beside it, and is copied."""
+    out = list(units)
+    for n, unit in sums_of(units).items():
+        root = n.out.root
+        wide = Root(root.shape)
+        moved = n.out.replay(Ref.of(wide)) if root.dtype != "f32" else None
+        if moved is None:
+            continue
+        copy = Node("ew", "mov", root.shape, (Ref.of(wide),), Ref.of(root), label=n.label)
+        n.out, wide.writers, wide.readers = moved, [n], [copy]
+        root.writers = [copy if w is n else w for w in root.writers]
+        copied = Unit([copy], space_of([copy]), {unit})
+        for other in units:
+            if unit in other.deps:
+                other.deps.add(copied)
+        out.insert(out.index(unit) + 1, copied)
+    return out
+
+
+def narrow(units: Sequence[Unit]) -> None:
     """Interior values that contractions in bf16 alone read are kept in bf16, which they would be rounded to anyway:
-    not a bit of a result changes. Not those that a region's blocks of queries add up in."""
-    sums = {p.node for u in units if u.region is not None for p in u.region.products if p.adds_up}
-    for root in {ref.root for n in graph.nodes for ref in n.written()}:
+    not a bit of a result changes. Not those that blocks of queries add up in."""
+    sums = sums_of(units)
+    for root in {ref.root for u in units for n in u.nodes for ref in n.written()}:
         plain = root.place == "arena" and root.dtype == "f32" and bool(root.readers)
         written = all(w.kind in ("gemm", *FUSABLE) and w not in sums for w in root.writers)
         if plain and written and all(n.kind == "gemm" and n.refs()[0].dtype != "q8" for n in root.readers):

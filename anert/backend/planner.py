@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from anert.backend.attention import Finder
 from anert.backend.base import Port, ProgramStats, written_flops
 from anert.backend.emit import Emitted, Emitter
-from anert.backend.fuse import Fuser, narrow, prune, read_outputs, retarget
+from anert.backend.fuse import Fuser, narrow, prune, read_outputs, retarget, widen_sums
 from anert.backend.lower import Lowering, OpLowering
 from anert.backend.nodes import Graph
 from anert.backend.plan import Plan
@@ -55,7 +55,7 @@ def _emitted(
     retarget(graph)
     units = Fuser(graph, fuse, max_dims).run()
     if fuse:
-        units = Finder(units).run()
+        units = widen_sums(Finder(units).run())
     if precision == "bf16":
-        narrow(graph, units)
+        narrow(units)
     return graph, Emitter(graph, units, precision).run()
