@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from anert.bench import BENCHMARKS, Case, Result, fingerprint, measure
+from anert.bench.decode_peers import PROMPT, write_vocabulary
 from anert.bench.measure import NoisyError, busy_seconds
 from anert.bench.roofline import implausible
 from anert.cli import main
 from anert.errors import AnertError, ImplausibleError
+from anert.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = f"{ROOT / 'plugins' / 'stories.py'}:260k"
@@ -245,6 +247,14 @@ def script(path: Path, text: str) -> str:
     path.write_text(text.format(python=sys.executable))
     path.chmod(0o755)
     return str(path)
+
+
+@pytest.mark.parametrize("size", [512, 32_000])
+def test_the_prompt_of_a_first_token_is_as_short_as_with_a_trained_vocabulary(tmp_path: Path, size: int) -> None:
+    write_vocabulary(size, tmp_path / "tokenizer.bin")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.bin")
+    ids = tokenizer.encode(PROMPT, bos=True)
+    assert tokenizer.vocab_size == size and len(ids) == 1 + len(PROMPT.split()) and tokenizer.decode(ids) == PROMPT
 
 
 def test_peers_of_decode(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

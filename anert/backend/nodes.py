@@ -20,8 +20,8 @@ STORAGE: dict[str, tuple[str, int]] = {
     "i8": ("ANERT_I8", 1),
     "q8": ("ANERT_Q8", 1),
 }
-"""Storage type -> its name in anert.h and its bytes. bool is u8 that holds 0 or 1; bf16 is what contractions alone read;
-q8 is a matrix encoded by anert_q8_encode."""
+"""Storage type -> its name in anert.h and its bytes. bool is u8 that holds 0 or 1; bf16 is what only
+contractions read; q8 is a matrix encoded by anert_q8_encode."""
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:

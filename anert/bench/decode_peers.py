@@ -130,8 +130,8 @@ def write_llama2c(told: Told, path: Path) -> bool:
 
 
 def write_vocabulary(n: int, path: Path) -> None:
-    """A tokenizer.bin of n pieces: control tokens, all bytes, what merges into the words of PROMPT, one token each as in
-    a trained vocabulary, then `t<id>`."""
+    """A tokenizer.bin of n pieces: control tokens, all bytes, what merges into the words of PROMPT, so that each is one
+    token as in a trained vocabulary, then `t<id>`."""
     names = ["<unk>", "\n<s>\n", "\n</s>\n", *(f"<0x{b:02X}>" for b in range(256))]
     words = [f" {word}" for word in PROMPT.split()]
     made = dict.fromkeys([*"".join(words), *(word[:end] for word in words for end in range(2, len(word) + 1))])
