@@ -261,7 +261,7 @@ def test_values_kept_in_bf16_change_no_bit(fuse: bool, monkeypatch: pytest.Monke
             assert a[name].tobytes() == b[name].tobytes(), f"{name}: {np.abs(a[name] - b[name]).max()}"
 
     check()
-    assert sum(s > 0 for s in saved) >= EXAMPLES // 8 and min(saved) >= 0, saved
+    assert any(s > 0 for s in saved) and min(saved) >= 0, saved
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
