@@ -24,6 +24,12 @@ typedef struct {
     int64_t tiles[ANERT_DIMS]; /* tiles along each dim */
 } tile_job;
 
+/* An instruction's call, worked out once for a shape of chunks: of the next ones only addresses differ. */
+typedef struct {
+    tile_args args;
+    int64_t rows, lanes; /* of the chunk that it was worked out for */
+} tile_call;
+
 /* The chunk being computed. */
 typedef struct {
     const tile_job *job;
@@ -32,6 +38,7 @@ typedef struct {
     reg regs[TILE_REGS];
     float *storage, *partials;
     char *spill;
+    tile_call *calls;
     int64_t reg_size; /* floats */
 } tile_state;
 
@@ -48,7 +55,8 @@ static int64_t reg_floats(const anert_step *s) { return ROUND_UP(chunk_rows(s) *
 size_t tile_scratch_bytes(const anert_step *s) {
     size_t regs = (size_t)(n_regs(s) * reg_floats(s)) * sizeof(float);
     size_t partials = (size_t)(n_regs(s) * chunk_rows(s) * TILE_PARTIALS) * sizeof(float);
-    return regs + ((s->reduced & 1 << (ANERT_DIMS - 1)) ? partials : 0) + (size_t)ROUND_UP(spill_bytes(s), 64);
+    size_t calls = ROUND_UP((size_t)s->n_instrs * sizeof(tile_call), 64);
+    return calls + regs + ((s->reduced & 1 << (ANERT_DIMS - 1)) ? partials : 0) + (size_t)ROUND_UP(spill_bytes(s), 64);
 }
 
 /* ---- Loads and stores ---- */
@@ -208,33 +216,47 @@ static void fold(tile_state *t, const tile_instr *in) {
     }
 }
 
-static void compute(tile_state *t, const tile_instr *in) {
+/* Where a result goes, and its row stride if it goes straight to memory. */
+static float *destination(tile_state *t, const tile_instr *in, int64_t *row) {
+    if (in->direct < 0) return t->storage + in->i.dst * t->reg_size;
+    const anert_view *v = &t->job->run->plan->views[in->direct];
+    *row = v->strides[ANERT_DIMS - 2];
+    return (float *)locate(t, v);
+}
+
+static void work_out(tile_state *t, const tile_instr *in, tile_call *call) {
     operand a = operand_of(t, in->i.a, in->ka, &in->i.imm), b = operand_of(t, in->i.b, in->kb, &in->i.imm),
             c = operand_of(t, in->i.c, in->kc, &in->i.imm);
-    tile_args g = {.a = a.p, .b = b.p, .c = c.p, .a_row = a.row, .b_row = b.row, .c_row = c.row,
-                   .a_lane = a.lane, .b_lane = b.lane, .c_lane = c.lane, .imm = in->i.imm};
     int32_t kind = in->i.kind;
-    reg *d = &t->regs[in->i.dst];
-    g.rows = kind & 2 ? t->rows : 1;
-    g.lanes = kind & 1 ? t->lanes : 1;
-    d->p = t->storage + in->i.dst * t->reg_size;
-    d->row = kind == 2 ? 1 : g.lanes;
-    if (in->direct >= 0) {
-        const anert_view *v = &t->job->run->plan->views[in->direct];
-        d->p = (float *)locate(t, v);
-        d->row = v->strides[ANERT_DIMS - 2];
-    }
-    g.d = d->p;
-    g.d_row = d->row;
+    tile_args g = {.a = a.p, .b = b.p, .c = c.p, .a_row = a.row, .b_row = b.row, .c_row = c.row,
+                   .a_lane = a.lane, .b_lane = b.lane, .c_lane = c.lane, .imm = in->i.imm,
+                   .rows = kind & 2 ? t->rows : 1, .lanes = kind & 1 ? t->lanes : 1};
+    g.d_row = kind == 2 ? 1 : g.lanes;
+    g.d = destination(t, in, &g.d_row);
     if (kind == 2) { /* a column: its rows are contiguous, so they become the lanes */
         g.lanes = g.rows, g.rows = 1;
         g.a_lane = g.a_row != 0, g.b_lane = g.b_row != 0, g.c_lane = g.c_row != 0;
     } else if (kind == 3 && g.d_row == g.lanes && is_flat(&a, g.lanes) && is_flat(&b, g.lanes) && is_flat(&c, g.lanes)) {
         g.lanes *= g.rows, g.rows = 1;
     }
-    t->job->kernels->op[in->i.op](&g);
-    if (in->i.op == ANERT_TILE_HALF && g.overflows != 0 && in->i.counter >= 0)
-        atomic_fetch_add_explicit(&t->job->run->plan->counters[in->i.counter], g.overflows, memory_order_relaxed);
+    *call = (tile_call){g, t->rows, t->lanes};
+}
+
+static void compute(tile_state *t, const tile_instr *in) {
+    tile_call *call = &t->calls[in - t->job->instrs];
+    tile_args *g = &call->args;
+    if (call->rows != t->rows || call->lanes != t->lanes) {
+        work_out(t, in, call);
+    } else {
+        if (in->i.a >= 0) g->a = t->regs[in->i.a].p;
+        if (in->i.b >= 0) g->b = t->regs[in->i.b].p;
+        if (in->i.c >= 0) g->c = t->regs[in->i.c].p;
+        if (in->direct >= 0) g->d = destination(t, in, &g->d_row);
+    }
+    t->regs[in->i.dst] = (reg){g->d, g->d_row};
+    t->job->kernels->op[in->i.op](g);
+    if (in->i.op == ANERT_TILE_HALF && g->overflows != 0 && in->i.counter >= 0)
+        atomic_fetch_add_explicit(&t->job->run->plan->counters[in->i.counter], g->overflows, memory_order_relaxed);
 }
 
 static void execute(tile_state *t, int64_t pass, int32_t *next) {
@@ -333,6 +355,8 @@ static void run_tiles(const tile_job *job, int64_t first, int64_t end, int32_t t
     t.storage = (float *)scratch;
     t.partials = t.storage + n_regs(s) * t.reg_size;
     t.spill = scratch + tile_scratch_bytes(s) - ROUND_UP(spill_bytes(s), 64);
+    t.calls = (tile_call *)t.spill - s->n_instrs;
+    memset(t.calls, 0, (size_t)s->n_instrs * sizeof *t.calls);
     for (int64_t i = first; i < end; i++) run_tile(&t, i);
 }
 
