@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from anert import ffi
-from anert.backend.base import Binding, Program
+from anert.backend.base import Binding, Chain, Positions, Program
 from anert.blocks import BlockKernels, build_cached_blocks, mixing_block
 from anert.errors import InputError, StateError, UnsupportedError
 from anert.ffi import Pool, call
@@ -57,6 +57,11 @@ class Moves:
             item.src, item.dst, item.rows = src, dst, rows
             item.src_cols, item.dst_cols, item.src_stride, item.dst_stride = src_cols, dst_cols, src_stride, dst_stride
 
+    @property
+    def items(self) -> tuple[Any, int]:
+        """anert_columns, and how many."""
+        return self._items, self._n
+
     def run(self, source: int, target: int, count: int) -> None:
         """Columns [source, source + count) of each source become [target, target + count) of its target."""
         call(ffi.lib.anert_columns_move, self._pool.ptr, self._items, self._n, source, target, count, err=self._err)
@@ -69,7 +74,7 @@ class _Width:
     size: int
     head: Head
     x: list[Location]
-    run: Binding
+    run: Chain
     before: Moves
     """cos and sin of each head size, out of their tables (2 hd, S) into ports (2 hd, T)."""
     after: Moves
@@ -83,6 +88,21 @@ class _Width:
     """What the host writes before a run; it reads `made` and writes `kept` behind one. Those alone that want locks."""
     made: list[Surface] = field(default_factory=list)
     kept: list[Surface] = field(default_factory=list)
+    at_once: Positions | None = None
+    """All of it, and logits, in one native call: where nothing wants locks."""
+    keep: object = None
+
+    def join(self) -> None:
+        """Make `at_once`, if that can be."""
+        if self.filled or self.made or self.kept:
+            return
+        args = ffi.ffi.new("anert_positions *")
+        handles = ffi.ffi.new("anert_surface *[]", [surface.handle for surface in self.touched])
+        self.head.embeds(args, self.tokens, self.x[0])
+        args.head = self.head.classifies(self.x[-1])
+        (args.before, args.n_before), (args.after, args.n_after) = self.before.items, self.after.items
+        args.touched, args.n_touched = handles, len(handles)
+        self.keep, self.at_once = (args, handles), self.run.positions(args)
 
 
 class Session:
@@ -213,9 +233,11 @@ class Session:
         filled = shared(where.surface for where in (x[0], *rotations))
         made, kept = (shared(pair[side].surface for pair in new) for side in range(2))
         flops = self.layers * sum(self._compile(k, b).stats.flops_executed for b in blocks for k in b.forward)
-        return _Width(size, head, x, rt.backend.chain(bindings), Moves(rt.pool, before, self._tables),
-                      Moves(rt.pool, after, seen), np.zeros(size, np.int32), flops, touched, filled, made,
-                      [*kept, *shared([self._past.surface])])  # fmt: skip
+        width = _Width(size, head, x, rt.backend.chain(bindings), Moves(rt.pool, before, self._tables),
+                       Moves(rt.pool, after, seen), np.zeros(size, np.int32), flops, touched, filled, made,
+                       [*kept, *shared([self._past.surface])])  # fmt: skip
+        width.join()
+        return width
 
     def _bind(self, kernel: Kernel, env: dict[str, Location], block: BlockKernels, layer: int, j: int,
               turn: int) -> Binding:  # fmt: skip
@@ -308,10 +330,10 @@ class Session:
         while True:
             width = self._width(ids.size - start)
             count = min(width.size, ids.size - start)
-            self._run(width, ids[start : start + count])
+            logits = self._run(width, ids[start : start + count], start + count == ids.size)
             start += count
-            if start == ids.size:
-                return width.head.logits(width.x[-1], np.array([count - 1], np.int32))[0]
+            if logits is not None:
+                return logits
 
     def _width(self, n: int) -> _Width:
         """The narrowest program that takes n tokens, or the widest there is; of FEW tokens the widest thin one takes
@@ -322,11 +344,17 @@ class Session:
         thin = [w for w in self.widths if w.size <= THIN]
         return thin[-1] if thin and found.size > THIN and n <= FEW else found
 
-    def _run(self, width: _Width, ids: np.ndarray) -> None:
+    def _run(self, width: _Width, ids: np.ndarray, last: bool) -> np.ndarray | None:
+        """One program's worth of tokens; logits behind the last of all."""
         n, at = ids.size, self.position
         width.tokens[:n] = ids
         if n < width.size:
             width.tokens[n:] = 0  # padding comes after: nobody looks back at it
+        if width.at_once is not None:
+            logits = np.empty(width.head.vocab, np.float32) if last else None
+            width.at_once(at, n, ffi.ffi.NULL if logits is None else ffi.ffi.from_buffer("float[]", logits))
+            self.position = at + n
+            return logits
         with locked(width.filled):
             width.head.embed(width.tokens, width.x[0])
             width.before.run(at, 0, n)
@@ -336,6 +364,7 @@ class Session:
         for surface in width.touched:
             surface.touch()
         self.position = at + n
+        return width.head.logits(width.x[-1], np.array([n - 1], np.int32))[0] if last else None
 
 
 class Windowed:

@@ -77,6 +77,11 @@ class Head:
              self._address(tokens), self.n, x.pointer, x.slot.row_stride, err=self._err)  # fmt: skip
         x.surface.touch()
 
+    def embeds(self, args: Any, tokens: np.ndarray, x: Location) -> None:
+        """What `embed` is given, in the fields of an anert_positions; `tokens` must live as long."""
+        args.table, args.vocab, args.dim, args.n = self.table, self.embedding.rows, self.embedding.cols, self.n
+        args.tokens, args.x, args.x_stride = self._address(tokens), x.pointer, x.slot.row_stride
+
     def embed_backward(self, tokens: np.ndarray, dx: Location, alpha: float) -> None:
         """Embedding gradient += alpha * dx, scattered by token; its sum of squares, where that is known, follows."""
         call(ffi.lib.anert_embed_backward, self.pool.ptr, alpha, dx.pointer, dx.slot.row_stride,
@@ -112,10 +117,14 @@ class Head:
             dx.surface.touch()
         return self._loss[0], self._count[0]
 
+    def classifies(self, x: Location) -> Any:
+        """The native arguments of `logits`."""
+        self.args.x, self.args.x_stride = x.pointer, x.slot.row_stride
+        return self.args
+
     def logits(self, x: Location, columns: np.ndarray) -> np.ndarray:
         """fp32 logits (len(columns), vocab) of these positions."""
-        a = self.args
-        a.x, a.x_stride = x.pointer, x.slot.row_stride
+        a = self.classifies(x)
         columns = np.ascontiguousarray(columns, np.int32)
         out = np.empty((columns.size, self.vocab), np.float32)
         with x.surface.access(read_only=True):

@@ -316,6 +316,24 @@ typedef struct {
 } anert_columns;
 anert_status anert_columns_move(anert_pool *pool, const anert_columns *columns, int32_t n, int64_t from, int64_t to, int64_t count,
                                 anert_error *err);
+/* New positions of a model in one call: embeddings into x, rotations out of their tables, all blocks, keys and values into their
+ * caches, logits of the last position. Its parts check what they are given. */
+typedef struct {
+    anert_pool *pool;
+    const uint16_t *table; /* (vocab, dim) */
+    int64_t vocab, dim, n; /* n: positions of the programs */
+    const int32_t *tokens; /* (n) */
+    uint16_t *x;           /* (dim, n), rows x_stride apart */
+    int64_t x_stride;
+    const anert_columns *before, *after;
+    const anert_link *links;
+    anert_surface *const *touched; /* whose seeds advance */
+    int32_t n_before, n_after, n_links, n_touched;
+    const anert_head_args *head;
+} anert_positions;
+/* `count` of them follow the `at` that are cached; logits (vocab): NULL if nobody wants them. */
+anert_status anert_positions_run(const anert_positions *p, void *arena, int64_t at, int64_t count, float *logits,
+                                 anert_error *err);
 /* How many values counter i saw overflow fp16 since the plan was made; reset sets it to 0. */
 uint64_t anert_plan_counter(anert_plan *plan, int32_t i, int32_t reset);
 #endif

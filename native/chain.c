@@ -1,4 +1,4 @@
-/* chain.c: what one decoded token needs of the core beside plans: many of them in one call, and their columns put away. */
+/* chain.c: what one decoded token needs of the core beside plans: many of them in one call, their columns put away, and all of it. */
 #include "internal.h"
 
 anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_pool *pool, void *arena, anert_error *err) {
@@ -56,4 +56,22 @@ anert_status anert_columns_move(anert_pool *pool, const anert_columns *columns, 
     for (int32_t i = 0; job.parts == 1 && i < n; i++)
         move_part(&job, i, 0);
     return ANERT_OK;
+}
+
+/* ---- All that new positions take ---- */
+anert_status anert_positions_run(const anert_positions *p, void *arena, int64_t at, int64_t count, float *logits,
+                                 anert_error *err) {
+    if (p == NULL || p->n_touched < 0 || (p->n_touched > 0 && p->touched == NULL) || count < 1 || count > p->n)
+        return anert_fail(err, ANERT_EINVAL, "positions: %lld of them at %p", (long long)count, (const void *)p);
+    anert_status status = anert_embed(p->pool, p->table, p->vocab, p->dim, p->tokens, p->n, p->x, p->x_stride, err);
+    if (!status)
+        status = anert_columns_move(p->pool, p->before, p->n_before, at, 0, count, err);
+    if (!status)
+        status = anert_chain_run(p->links, p->n_links, p->pool, arena, err);
+    if (!status)
+        status = anert_columns_move(p->pool, p->after, p->n_after, 0, at, count, err);
+    for (int32_t i = 0; !status && i < p->n_touched; i++)
+        anert_surface_touch(p->touched[i]);
+    int32_t last = (int32_t)count - 1;
+    return status || logits == NULL ? status : anert_head_logits(p->pool, p->head, &last, 1, logits, err);
 }

@@ -162,6 +162,39 @@ def test_the_engines_wire_form_computes_the_same(model, both):
     assert all(len(k.inputs) <= ANE.max_inputs for k in kernels)
 
 
+@pytest.mark.parametrize("weights", ["fp16", "int8"])
+def test_one_native_call_has_the_bits_of_its_parts(model, weights):
+    rt = Runtime("cpu", "fp32", threads=2)
+    store = ParamStore(rt.heap, rt.pool, model.specs(), train=False)
+    store.initialise(3)
+    whole, parts = (Session(rt, model, store, weights=weights) for _ in range(2))
+    store.sync()
+    assert all(width.at_once is not None for width in whole.widths)
+    for width in parts.widths:
+        width.at_once = None
+    tokens = np.random.default_rng(2).integers(0, 512, SEQ_LEN)
+    for start, end in ((0, 3), (3, 4), (4, 30), (30, 31), (31, SEQ_LEN)):
+        a, b = (session.extend(tokens[start:end]) for session in (whole, parts))
+        assert a.tobytes() == b.tobytes() and whole.position == parts.position == end
+    for key, cache in whole._caches.items():
+        assert cache.array().tobytes() == parts._caches[key].array().tobytes()
+        assert cache.surface.seed == parts._caches[key].surface.seed > 0
+
+
+def test_new_positions_are_checked_by_the_native_call(model):
+    rt = Runtime("cpu", "fp32", threads=1)
+    _, session = opened(model, rt)
+    width = session.widths[0]
+    for at, count, complaint in ((0, 0, "positions: 0"), (0, width.size + 1, "positions"), (SEQ_LEN, 1, "do not fit")):
+        with pytest.raises(InputError, match=complaint):
+            width.at_once(at, count, ffi.NULL)
+    width.tokens[0] = 512
+    with pytest.raises(InputError, match="token id 512 at position 0 is outside the vocabulary of 512"):
+        width.at_once(0, 1, ffi.NULL)
+    width.tokens[0] = 0
+    assert np.isfinite(session.extend([5])).all()
+
+
 def test_bad_calls(both):
     session, _, tokens = both
     session.reset()

@@ -11,9 +11,9 @@ from __future__ import annotations
 import abc
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from anert.capabilities import Capabilities
 from anert.errors import CompileError, ShapeError, StateError, UnsupportedError
@@ -70,6 +70,10 @@ class Binding(abc.ABC):
     def run(self) -> None: ...
 
 
+Positions = Callable[[int, int, Any], None]
+"""(cached positions, new positions, float * of logits or NULL)."""
+
+
 class Chain(Binding):
     """Bindings that run one after another."""
 
@@ -79,6 +83,11 @@ class Chain(Binding):
     def run(self) -> None:
         for binding in self.bindings:
             binding.run()
+
+    def positions(self, args: Any) -> Positions | None:
+        """What runs anert_positions_run on `args`, an anert_positions whose blocks this is: all that new positions
+        take in one native call. None where the bindings are no native plans."""
+        return None
 
 
 class Program(abc.ABC):
@@ -178,7 +187,7 @@ class Backend(abc.ABC):
         found = ", ".join(sorted(set(encodings.values())))
         raise UnsupportedError(f"backend {self.name!r} takes fp16 weights: {found} weights are for backend 'cpu'")
 
-    def chain(self, bindings: Sequence[Binding]) -> Binding:
+    def chain(self, bindings: Sequence[Binding]) -> Chain:
         """Bindings of this backend as one, run in order."""
         return Chain(bindings)
 

@@ -6,7 +6,8 @@
     binding.run()
 
 Precision belongs to the graph: `fp32` rounds at ports alone, `bf16` rounds the operands of contractions as well, `fp16`
-rounds every op's result to fp16 and counts what overflows (`program.overflows()`).
+rounds every op's result to fp16 and counts what overflows (`program.overflows()`). Where `bf16` returns a value in fp16,
+the program itself goes on with that, where it would read it from memory.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from anert.backend.base import Backend, Binding, Chain, Port, Program, program_key
+from anert.backend.base import Backend, Binding, Chain, Port, Positions, Program, program_key
 from anert.backend.plan import Plan, PlanCache, code_identity
 from anert.capabilities import CPU, Capabilities
 from anert.errors import AnertError, CompileError, InputError, StateError
@@ -103,13 +104,26 @@ class CpuChain(Chain):
         self._hold = Hold(reads, writes)
 
     def run(self) -> None:
+        self._call(self._lib.anert_chain_run, self._args, ())
+
+    def positions(self, args: Any) -> Positions:
+        args.links, args.n_links, args.pool = self._args
+        native = self._lib.anert_positions_run
+
+        def run(at: int, count: int, logits: Any) -> None:
+            self._call(native, (args,), (at, count, logits))
+
+        return run
+
+    def _call(self, native: Any, before: tuple[Any, ...], after: tuple[Any, ...]) -> None:
+        """A native function with the arena among its arguments, while all surfaces are held."""
         if not self._busy.acquire(blocking=False):
             raise StateError("this Chain is already running: make a second one to run it twice at once")
         try:
             self._hold.take()
             try:
                 with self._slot.lock:
-                    if self._lib.anert_chain_run(*self._args, self._slot.base, self._err):
+                    if native(*before, self._slot.base, *after, self._err):
                         call(lambda err: err.status, err=self._err)
             finally:
                 self._hold.release()
@@ -204,7 +218,7 @@ class CpuBackend(Backend):
 
         return CpuProgram(plan_function(function, self.precision, self.fuse, encodings or {}), self.pool, self.slot)
 
-    def chain(self, bindings: Sequence[Binding]) -> Binding:
+    def chain(self, bindings: Sequence[Binding]) -> Chain:
         return CpuChain(bindings, self.pool, self.slot)
 
     def surface(self, nbytes: int) -> Surface:
