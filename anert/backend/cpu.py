@@ -6,8 +6,8 @@
     binding.run()
 
 Precision belongs to the graph: `fp32` rounds at ports alone, `bf16` rounds the operands of contractions as well, `fp16`
-rounds every op's result to fp16 and counts what overflows (`program.overflows()`). A value that `bf16` returns in fp16 is
-what the program itself goes on with, where it would read it from memory.
+rounds every op's result to fp16 and counts what overflows (`program.overflows()`). A value that `bf16` returns in fp16
+is what the program itself goes on with, where it would read it from memory.
 """
 
 from __future__ import annotations
