@@ -319,6 +319,33 @@ def test_a_full_disk_leaves_nothing(tokenizer_file, stories, tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["s"]
 
 
+def test_a_worker_leaves_though_its_end_fell_into_a_finalizer():
+    """Nothing can be raised there: neither is it said, nor does the worker go on."""
+    code = """
+import os, signal, time
+from anert.cli.meter import as_worker
+
+def blocks():
+    try:
+        yield
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+as_worker()
+made = blocks()
+next(made)
+del made
+time.sleep(20)
+print("went on")
+"""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
+
+
 @pytest.mark.parametrize(("how", "workers"), [(signal.SIGINT, 1), (signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_an_interrupt_leaves_no_half_file(tokenizer_file, stories, tmp_path, how, workers):
     big = tmp_path / "big.txt"

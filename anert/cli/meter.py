@@ -94,6 +94,19 @@ def end_workers() -> None:
 
 def as_worker() -> None:
     """Initializer of a worker: Ctrl-C, which reaches the whole process group, is the parent's to answer; SIGTERM leaves
-    the task by an exception, so that it removes what it has begun."""
+    the task by an exception, so that it removes what it has begun, and by another one where that fell into a finalizer,
+    which cannot raise."""
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        sys.exit(143)
+
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        if lost.exc_type is SystemExit:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+        else:
+            sys.__unraisablehook__(lost)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGALRM, leave)
+    sys.unraisablehook = again
