@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +131,8 @@ def test_memory_and_compiles_stay_as_they_are(tmp_path: Path, shared_data: Path)
 
 @pytest.mark.slow
 def test_the_first_run_ends_in_a_story(tmp_path: Path) -> None:
-    """With nothing given: corpus, tokenizer, `tiny`, and a story in the corpus' words, over 1.5 nats below what the
-    frequencies of tokens alone would give; with fewer steps than a user's 90 seconds."""
+    """With nothing given: corpus, tokenizer, `tiny`, and a story whose words follow each other as in the corpus, over
+    1.5 nats below what the frequencies of tokens alone would give; with fewer steps than a user's 90 seconds."""
     command = [sys.executable, "-m", "anert", "run", str(ROOT / "plugins" / "stories.py"), "--json", "--ui", "plain"]
     command += ["--steps", "400", "--batch", "2", "--time-budget", "0", "--sample-every", "400", "--eval-every", "400"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
@@ -141,10 +142,13 @@ def test_the_first_run_ends_in_a_story(tmp_path: Path) -> None:
     events = [json.loads(line) for line in (run / "events.jsonl").read_text("utf-8").splitlines()]
     story = [e["text"] for e in events if e["event"] == "Sampled"][-1]
     (corpus,) = (run / "data").glob("*.txt")
-    known = set(re.findall(r"[a-z']+", corpus.read_text("utf-8").lower()))
-    words = re.findall(r"[a-z']+", story.lower())
+    known, words = (re.findall(r"[a-z']+", text.lower()) for text in (corpus.read_text("utf-8"), story))
     assert len(words) >= 40, story
-    assert sum(w in known for w in words) > 0.9 * len(words), story  # 0.93 to 0.98 by seed
+    pairs, seen = (
+        list(pairwise(words)),
+        set(pairwise(known)),
+    )  # 0.73 to 0.81 by seed, after 60 steps 0.29 to 0.60
+    assert sum(pair in seen for pair in pairs) > 0.65 * len(pairs), story
     (tokens,) = (run / "data").glob("*.bin")
     assert summary["val_loss"] < TokenDataset(tokens, 128).unigram_entropy() - 1.5
 
