@@ -7,8 +7,7 @@ writes the other. Everything that a step does is a Task of one Schedule.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from anert import ffi
-from anert.backend.base import Program
+from anert.backend.base import Binding, Program
+from anert.backend.gradient import ADD, GEMM, ROWSUM, WeightGradient
 from anert.blocks import BlockKernels, build_blocks
 from anert.ffi import call
 from anert.head import Head
@@ -25,8 +25,11 @@ from anert.model import Decoder
 from anert.optim import Optimizer
 from anert.param import Param, ParamStore
 from anert.runtime import Runtime
-from anert.schedule import ENGINE, HOST, Schedule, Task
+from anert.schedule import ENGINE, HOST, Schedule, Task, Timed
 from anert.surface import Surface
+
+CHAIN_FLOPS = 2 * 10**11
+"""What one native call of a step executes at most, if it is more than one program: half a second of a slow machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +148,10 @@ class Network:
             self.model.norm_eps, self.n, self.runtime.precision,
         )  # fmt: skip
         self._step = _Step(np.zeros(0, np.int32), np.zeros(0, np.int32))
-        self._fresh: set[str] = set()
-        self._gemm_params = {self.head.output.name}
+        self._fresh = False
+        """No gradient has been written since they were to be zero."""
+        self._gradients: dict[str, list[WeightGradient]] = {}
+        self._flops_of: dict[Binding, int] = {}
         self.flops_recipes = 0
         self._scratch: dict[tuple[Any, ...], Surface] = {}
         self.x = [self._dense("x")]
@@ -157,15 +162,17 @@ class Network:
         self._loss = self._schedule([*forward, self._head_task(self._run_loss)])
         self._due: dict[str, Optimizer] = {}
         self._unclear: set[str] = set()
+        self._plain: list[Param] = []
+        """Params whose gradient is to be cleared before a step."""
         if self.train:
             backward = self._backward_tasks(envs)
+            self._plain = self._settle_gradients()
             if self.runtime.engine:
                 forward = self._with_updates(blocks)
             self._training = self._schedule([*forward, self._head_task(self._run_loss_backward, train=True), *backward])
-        self._plain = [p for name, p in store.items() if self.train and name not in self._gemm_params]
 
     def _schedule(self, tasks: list[Task]) -> Schedule:
-        return Schedule(tasks, self.runtime.engine)
+        return Schedule(tasks, self.runtime.engine, self._join)
 
     def _sets(self) -> int:
         """Sets of scratch that layers take turns at: two where a block feeds itself, or recipes lag behind."""
@@ -270,8 +277,11 @@ class Network:
             env[name] = Location(surfaces[slot.port], slot)
         read = tuple(surfaces[p] for p in dict.fromkeys(s.port for s in kernel.inputs.values()))
         written = tuple(surfaces[p] for p in dict.fromkeys(s.port for s in kernel.outputs.values()))
-        run = self._programs[kernel.text].bind(surfaces).run
-        return [*self._copy_tasks(copies), Task(kind, ENGINE, run, read, written, evaluates=True)]
+        program = self._programs[kernel.text]
+        binding = program.bind(surfaces)
+        self._flops_of[binding] = program.stats.flops_executed
+        task = Task(kind, ENGINE, binding.run, read, written, evaluates=True, link=binding)
+        return [*self._copy_tasks(copies), task]
 
     @staticmethod
     def _copy_tasks(copies: list[tuple[Location, Location]]) -> list[Task]:
@@ -298,68 +308,66 @@ class Network:
     def _bind_recipes(self, block: BlockKernels, layer: int, env: dict[str, Location]) -> list[Task]:
         assert block.gradient is not None
         tasks: list[Task] = []
-        kinds: dict[str, set[str]] = {}
         for r in block.gradient.recipes:
-            kinds.setdefault(r.param, set()).add(r.kind)
-        for r in block.gradient.recipes:
-            name = block.stored(layer, r.param)
-            p = self.store[name]
-            assert p.grad is not None
-            dw = ffi.ffi.cast("float *", p.grad.ctypes.data)
-            cot = env[r.cot]
-            tap = env[r.tap] if r.tap else None
-            if r.kind == "gemm" and tap is not None:
-                if kinds[r.param] == {"gemm"}:
-                    self._gemm_params.add(name)
-                left, right = (tap, cot) if r.swap else (cot, tap)
-                run = self._gemm_recipe(p, left, right)
-            elif r.kind == "rowsum":
-                run = self._rowsum_recipe(tap, cot, dw)
-            else:
-                run = self._add_recipe(cot, dw)
+            p = self.store[block.stored(layer, r.param)]
+            cot, tap = env[r.cot], env[r.tap] if r.tap else None
+            made = self._gradient(p, r.kind, tap, cot, r.swap)
+            self._gradients.setdefault(p.name, []).append(made)
             reads = (cot.surface,) if tap is None else (cot.surface, tap.surface)
-            tasks.append(Task("weight_grads", HOST, run, reads, (p,)))
+            tasks.append(Task("weight_grads", HOST, partial(self._run_gradient, made), reads, (p,), link=made))
         return tasks
 
-    def _gemm_recipe(self, p: Param, left: Location, right: Location) -> Callable[[], None]:
-        """dw (rows, cols) += left (rows, n) right (cols, n)^T / loss scale."""
-        assert p.grad is not None
-        a, b, dw = left.matrix(), right.matrix(transposed=True), ffi.ffi.cast("float *", p.grad.ctypes.data)
-        name, rows, cols, n = p.name, p.rows, p.cols, left.slot.cols
-        pool, gemm, squares = self.runtime.pool.ptr, ffi.lib.anert_gemm_grad, ffi.ffi.new("double *")
-        alone = name in self._gemm_params
+    def _gradient(self, p: Param, kind: str, tap: Location | None, cot: Location, swap: bool) -> WeightGradient:
+        """Gemm: dw (rows, cols) is tap (rows, n) cot (cols, n)^T or, swapped, the other way round."""
+        dw, pool = p.record.grad, self.runtime.pool
+        if kind != "gemm" or tap is None:
+            n, a = cot.slot.cols, tap.matrix() if tap is not None else None
+            rowsum = kind == "rowsum"
+            shape = (cot.slot.rows, 1 if rowsum else n)
+            return WeightGradient(pool, ROWSUM if rowsum else ADD, dw, shape, n, a, cot.matrix())
+        left, right = (tap, cot) if swap else (cot, tap)
         precision = ffi.lib.ANERT_BF16 if self.runtime.precision == "bf16" else ffi.lib.ANERT_F32
-        step, fresh, error = self._step, self._fresh, ffi.error()
-        self.flops_recipes += 2 * rows * cols * n
+        a, b = left.matrix(), right.matrix(transposed=True)
+        made = WeightGradient(pool, GEMM, dw, p.spec.shape, left.slot.cols, a, b, precision)
+        self.flops_recipes += made.flops
+        return made
 
-        def run() -> None:
-            beta = 1.0
-            if name in fresh:
-                fresh.discard(name)
-                beta = 0.0
-            call(gemm, pool, precision, rows, cols, n, 1.0 / step.scale, a, b, beta, dw, squares, err=error)
-            if alone:
-                p.squares = squares[0]
+    def _settle_gradients(self) -> list[Param]:
+        """Say which gradient is the first of a step to write its Param's, and which knows the sum of squares; returns
+        the Params whose gradient nobody sets, so that it is to be cleared."""
+        head = self.head
+        written = {p.name for p in (head.output, head.embedding, head.norm) if p is not None}
+        for name, made in self._gradients.items():
+            made[0].native.first = name not in written
+            if all(g.native.kind == GEMM for g in made):
+                for g in made:
+                    g.native.squares = self.store[name].squares_at
+        set_by = {head.output.name, *(name for name in self._gradients if name not in written)}
+        return [p for name, p in self.store.items() if name not in set_by]
 
-        return run
+    def _run_gradient(self, made: WeightGradient) -> None:
+        made.run(1.0 / self._step.scale, self._fresh)
 
-    def _rowsum_recipe(self, tap: Location | None, cot: Location, dw: Any) -> Callable[[], None]:
-        pool, rowsum, step, error = self.runtime.pool.ptr, ffi.lib.anert_rowsum, self._step, ffi.error()
-        args = (tap.pointer, tap.slot.row_stride) if tap is not None else (ffi.ffi.NULL, 0)
-        s = cot.slot
+    def _join(self, tasks: Sequence[Task]) -> list[Timed]:
+        """Tasks as native calls that are over soon enough for a stop to be asked between."""
+        groups: list[list[Task]] = [[]]
+        left = CHAIN_FLOPS
+        for task in tasks:
+            assert task.link is not None
+            cost = task.link.flops if isinstance(task.link, WeightGradient) else self._flops_of[task.link]
+            if groups[-1] and cost > left:
+                groups.append([])
+                left = CHAIN_FLOPS
+            groups[-1].append(task)
+            left -= cost
+        return [self._chained(group) for group in groups]
 
-        def run() -> None:
-            call(rowsum, pool, 1.0 / step.scale, *args, cot.pointer, s.row_stride, s.rows, s.cols, dw, err=error)
+    def _chained(self, tasks: Sequence[Task]) -> Timed:
+        links = [task.link for task in tasks if task.link is not None]
+        chain = self.runtime.backend.chain(links, [task.kind for task in tasks])
 
-        return run
-
-    def _add_recipe(self, cot: Location, dw: Any) -> Callable[[], None]:
-        pool, accumulate, step, error = self.runtime.pool.ptr, ffi.lib.anert_accumulate, self._step, ffi.error()
-        s = cot.slot
-
-        def run() -> None:
-            call(accumulate, pool, 1.0 / step.scale, cot.pointer, s.row_stride, s.col_stride, s.rows, s.cols, dw,
-                 err=error)  # fmt: skip
+        def run(ms: dict[str, float]) -> None:
+            chain.advance(1.0 / self._step.scale, self._fresh, ms)
 
         return run
 
@@ -374,18 +382,15 @@ class Network:
 
     def _run_loss_backward(self) -> None:
         step = self._step
-        fresh = self.head.output.name in self._fresh
-        self._fresh.discard(self.head.output.name)
-        step.loss, step.count = self.head.loss_backward(self.x[-1], step.targets, self.dx, step.scale, fresh)
+        step.loss, step.count = self.head.loss_backward(self.x[-1], step.targets, self.dx, step.scale, self._fresh)
 
     def _run_embed_backward(self) -> None:
         self.head.embed_backward(self._step.tokens, self.dx0, 1.0 / self._step.scale)
 
     def zero_grad(self) -> None:
-        """Begin an accumulation window: gradients that a GEMM overwrites first are not cleared, all others are."""
-        self._fresh.update(self._gemm_params)
-        for p in self.store.values():
-            p.squares = math.nan
+        """Begin an accumulation window: gradients that the next loss_backward sets are not cleared, all others are."""
+        self._fresh = True
+        self.store.grads_written()
         for p in self._plain:
             self._unclear.add(p.name)
             if p.name not in self._due:
@@ -441,6 +446,7 @@ class Network:
         step.tokens, step.targets, step.scale = tokens, targets, scale
         self.head.hold(tokens, targets)
         self._training.run(self.ms)
+        self._fresh = False
         return step.loss
 
     @property

@@ -7,9 +7,10 @@ import math
 from collections.abc import Callable, Sequence
 
 from anert import ffi
-from anert.errors import InputError
+from anert.errors import InputError, StateError
 from anert.ffi import call
-from anert.param import Param, ParamStore, writing
+from anert.param import Param, ParamStore
+from anert.surface import locked
 
 Schedule = Callable[[int], float]
 
@@ -36,32 +37,30 @@ class Optimizer:
         for label, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0.0 <= beta < 1.0:
                 raise InputError(f"{label} must be in [0, 1), got {beta}")
+        if store.table is None:
+            raise StateError("an optimizer updates the Params of a store that is made to train: pass train=True")
         self.store, self.t, self.clamped = store, 0, 0
+        self._all = tuple(store.values())
         names = {"beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}
         self.args = ffi.ffi.new("anert_adamw_args *", names)
         self._table, self._err = ffi.ffi.new("anert_param[]", len(store)), ffi.error()
         self._clamped = ffi.ffi.new("uint64_t *")
-        self._sum, self._finite = ffi.ffi.new("double *"), ffi.ffi.new("int32_t *")
+        self._sum, self._squares = ffi.ffi.new("double *"), ffi.ffi.from_buffer("double[]", store.squares)
 
     def grad_norm(self) -> tuple[float, bool]:
         """Global L2 norm of the gradients (float64 sum in fixed order), and whether all are finite. Reads those alone
         that were not summed up when they were written."""
-        total = 0.0
-        for p in self.store.values():
-            squares, p.squares = p.squares, math.nan
-            if not math.isfinite(squares):
-                call(
-                    ffi.lib.anert_sum_squares, self.store.pool.ptr, p.record.grad, p.spec.size, self._sum, self._finite
-                )
-                squares = self._sum[0]
-            total += squares
+        store = self.store
+        call(ffi.lib.anert_grad_squares, store.pool.ptr, store.table, len(store), self._squares, self._sum,
+             err=self._err)  # fmt: skip
+        total = self._sum[0]
         return math.sqrt(total) if total >= 0 else math.nan, math.isfinite(total)
 
     def step(self, lr: float, grad_scale: float) -> int:
         """Update all Params with gradients times `grad_scale`; returns how many weights were clamped on their way to
         fp16."""
         self.begin(lr, grad_scale)
-        self.apply(list(self.store.values()))
+        self.apply(self._all)
         return self.clamped
 
     def begin(self, lr: float, grad_scale: float) -> None:
@@ -74,7 +73,8 @@ class Optimizer:
 
     def apply(self, params: Sequence[Param]) -> None:
         """Update some Params in the step that has begun, and count in `clamped`."""
-        with writing(params):
+        written = self.store.shared if params is self._all else dict.fromkeys(s for p in params for s in p.shared)
+        with locked(list(written)):
             self.update(params)
         self.clamped += self._clamped[0]
 
@@ -82,9 +82,12 @@ class Optimizer:
         raise NotImplementedError
 
     def _run(self, native: Callable[..., int], params: Sequence[Param]) -> None:
-        for i, p in enumerate(params):
-            self._table[i] = p.record[0]
-        call(native, self.store.pool.ptr, self._table, len(params), self.args[0], self._clamped, err=self._err)
+        table = self.store.table
+        if params is not self._all:
+            table = self._table
+            for i, p in enumerate(params):
+                table[i] = p.record[0]
+        call(native, self.store.pool.ptr, table, len(params), self.args[0], self._clamped, err=self._err)
 
 
 class AdamW(Optimizer):

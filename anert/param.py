@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +57,18 @@ class Spec:
         return self.shape[0] * self.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """What a Param keeps in its store's tables."""
+
+    record: Any
+    """anert_param *"""
+    squares: np.ndarray
+    """(1,) float64 view."""
+    shared: dict[Surface, None]
+    """Surfaces of all Params that want locks."""
+
+
 class Param:
     """A named parameter; `master` and, in training, `grad`, `m`, `v` are fp32 (rows, cols) views of the store's
     buffers. One that does not change may have `halves` instead, fp16 (rows, cols) as a file holds them."""
@@ -68,8 +79,6 @@ class Param:
         self.grad: np.ndarray | None = None
         self.m: np.ndarray | None = None
         self.v: np.ndarray | None = None
-        self.squares = math.nan
-        """Sum of squares of `grad`, if what wrote it last has summed them up; whoever else writes it says NaN."""
         self.placements: list[tuple[Surface, Slot]] = []
         self.encoded: Surface | None = None
         """An int8 copy (anert_q8_encode); optimizers do not write it, `ParamStore.sync` does."""
@@ -78,7 +87,28 @@ class Param:
         self.shared: list[Surface] = []
         """Where those placements lie that want locks."""
         self._native: Any = None
-        self._record: Any = None
+        self._entry: _Entry | None = None
+
+    def enter(self, entry: _Entry) -> None:
+        """Be what optimizers update: `entry` is kept true from now on."""
+        self._entry = entry
+        self._describe()
+
+    @property
+    def squares(self) -> float:
+        """Sum of squares of `grad`, if what wrote it last has summed them up; whoever else writes it says NaN."""
+        return float(self._entry.squares[0]) if self._entry else math.nan
+
+    @squares.setter
+    def squares(self, value: float) -> None:
+        assert self._entry is not None
+        self._entry.squares[0] = value
+
+    @property
+    def squares_at(self) -> Any:
+        """`squares` as a double *."""
+        assert self._entry is not None
+        return ffi.ffi.from_buffer("double[]", self._entry.squares)
 
     @property
     def master(self) -> np.ndarray:
@@ -93,7 +123,7 @@ class Param:
         if self._master is None:
             raise StateError(f"{self.name} has no master to change: it is read where a file holds it; load it to train")
         self._master = values
-        self._record = None
+        self._describe()
 
     def place(self, surface: Surface, slot: Slot) -> None:
         """Keep an fp16 copy at `slot` of `surface` from now on. ShapeError if the slot has another shape or leaves the
@@ -112,7 +142,8 @@ class Param:
         self.placements.append((surface, slot))
         if surface.shared and surface not in self.shared:
             self.shared.append(surface)
-        self._native = self._record = None
+        self._native = None
+        self._describe()
 
     @property
     def native(self) -> tuple[Any, int]:
@@ -122,21 +153,28 @@ class Param:
             for item, (surface, slot) in zip(array, self.placements, strict=False):
                 item.base = ffi.ffi.cast("uint16_t *", surface.ptr) + slot.offset
                 item.row_stride, item.col_stride, item.broadcast = slot.row_stride, slot.col_stride, slot.broadcast
+                if not surface.shared:  # there an unlock advances the seed
+                    item.surface = surface.handle
             self._native = array
         return self._native, len(self.placements)
 
     @property
     def record(self) -> Any:
-        """Itself as an optimizer's anert_param, made anew when its master or a placement is."""
-        if self._record is None:
-            placements, n = self.native
-            arrays = {"master": self.master, "m": self.m, "v": self.v, "grad": self.grad}
-            pointers = {k: ffi.ffi.cast("float *", x.ctypes.data) for k, x in arrays.items() if x is not None}
-            self._record = ffi.ffi.new("anert_param *", {
-                **pointers, "rows": self.rows, "cols": self.cols, "decays": self.spec.decay,
-                "placements": placements, "n_placements": n,
-            })  # fmt: skip
-        return self._record
+        """Itself as an optimizer's anert_param."""
+        assert self._entry is not None
+        return self._entry.record
+
+    def _describe(self) -> None:
+        """Write what has changed into the entry."""
+        if self._entry is None:
+            return
+        record, (placements, n) = self._entry.record, self.native
+        for name, x in (("master", self.master), ("m", self.m), ("v", self.v), ("grad", self.grad)):
+            if x is not None:
+                setattr(record, name, ffi.ffi.cast("float *", x.ctypes.data))
+        record.rows, record.cols, record.decays = self.rows, self.cols, self.spec.decay
+        record.placements, record.n_placements = placements, n
+        self._entry.shared.update(dict.fromkeys(self.shared))
 
     @property
     def surfaces(self) -> list[Surface]:
@@ -150,17 +188,6 @@ class Param:
 
     def __repr__(self) -> str:
         return f"<Param {self.name} {self.spec.shape}>"
-
-
-@contextmanager
-def writing(params: Sequence[Param]) -> Iterator[None]:
-    """While a native pass writes the copies of some Params: surfaces that another device shares are locked, and at the
-    end the seeds of all have advanced."""
-    with locked(list(dict.fromkeys(surface for p in params for surface in p.shared))):
-        yield
-    for p in params:
-        for surface, _ in p.placements:
-            surface.touch()
 
 
 class ParamStore(Mapping[str, Param]):
@@ -195,6 +222,15 @@ class ParamStore(Mapping[str, Param]):
                 p.grad = self._view(self.grads, name, spec)
                 p.m, p.v = self._view(self.flats[1], name, spec), self._view(self.flats[2], name, spec)
         self.n_params = sum(spec.size for spec in specs.values())
+        self.squares = np.full(len(specs), math.nan)
+        """`Param.squares` of all."""
+        table: Any = ffi.ffi.new("anert_param[]", len(specs))
+        self.table = table if train else None
+        """In training `Param.record` of all, in order."""
+        self.shared: dict[Surface, None] = {}
+        """In training, the surfaces of copies that want locks."""
+        for i, p in enumerate(self.values() if train else ()):
+            p.enter(_Entry(table + i, self.squares[i : i + 1], self.shared))
         self._copies: dict[tuple[str, Slot, int], Surface] = {}
         self._ahead: _Ahead | None = None
         self._mapped = {n: p.halves for n, p in self._params.items() if p.halves is not None and map_of(p.halves)}
@@ -311,8 +347,7 @@ class ParamStore(Mapping[str, Param]):
 
     def grads_written(self) -> None:
         """Say that gradients were written by other than what sums their squares on the way."""
-        for p in self.values():
-            p.squares = math.nan
+        self.squares.fill(math.nan)
 
     def load_moments(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Copy moments that `named` gave back. InputError names what is missing or misshapen."""
@@ -363,8 +398,9 @@ class _Writing:
         clamped = ffi.ffi.new("uint64_t *")
         with locked(shared(surfaces)):
             call(ffi.lib.anert_params_sync, self.pool.ptr, self.table, len(self.params), clamped)
-        for surface in surfaces:
-            surface.touch()
+        for p in self.params:
+            if p.encoded is not None:
+                p.encoded.touch()
         return int(clamped[0])
 
 

@@ -9,8 +9,10 @@ between the lanes, two reads exclude each other too if one of them is an evaluat
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from threading import Condition
 from typing import TYPE_CHECKING
 
@@ -18,6 +20,9 @@ from anert.surface import locked, shared
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
+
+    from anert.backend.base import Binding
+    from anert.backend.gradient import WeightGradient
 
 ENGINE, HOST = 0, 1
 """Lanes."""
@@ -39,6 +44,8 @@ class Task:
     evaluates: bool = False
     locks: bool = False
     """Whether `run` takes the locks that it needs itself."""
+    link: Binding | WeightGradient | None = None
+    """What `run` runs, where a Chain may do so in its stead."""
 
 
 @dataclass(slots=True)
@@ -76,27 +83,48 @@ def waits(tasks: Iterable[Task]) -> list[int]:
     return result
 
 
+Timed = Callable[[dict[str, float]], None]
+Join = Callable[[Sequence[Task]], Sequence[Timed]]
+
+
+def _timed(kind: str, run: Callable[[], None], ms: dict[str, float]) -> None:
+    start = time.perf_counter()
+    run()
+    ms[kind] = ms.get(kind, 0.0) + (time.perf_counter() - start) * 1e3
+
+
 class Schedule:
     """Tasks made ready to run: in order on the caller's thread, or, given an executor, the engine lane on that.
 
     A chain, where no two tasks may overlap, runs in order in either case.
     """
 
-    def __init__(self, tasks: Iterable[Task], engine: Executor | None = None) -> None:
+    def __init__(self, tasks: Iterable[Task], engine: Executor | None = None, join: Join | None = None) -> None:
+        """join: makes one call of tasks that follow each other, have a `link` and want no locks, where they run in
+        order."""
         self.tasks = tuple(tasks)
         self.waits = waits(self.tasks)
         self._engine = engine if engine is not None and not self._is_chain() else None
         runs = [self._guarded(task) for task in self.tasks]
-        self._groups: list[tuple[str, list[Callable[[], None]]]] = []
         self._lanes: tuple[list[tuple[str, Callable[[], None], int]], ...] = ([], [])
         for task, run, need in zip(self.tasks, runs, self.waits, strict=True):
-            if not self._groups or self._groups[-1][0] != task.kind:
-                self._groups.append((task.kind, []))
-            self._groups[-1][1].append(run)
             self._lanes[task.lane].append((task.kind, run, need))
+        self._calls = self._in_order(runs, join) if self._engine is None else []
         self._ended = [0, 0]
         self._moved = Condition()
         self._failed: BaseException | None = None
+
+    def _in_order(self, runs: list[Callable[[], None]], join: Join | None) -> list[Timed]:
+        """All tasks as few calls, each of which adds the time that it took to a table by kind."""
+        calls: list[Timed] = []
+        joins = [join is not None and t.link is not None and r is t.run for t, r in zip(self.tasks, runs, strict=True)]
+        for joined, group in groupby(zip(joins, self.tasks, runs, strict=True), key=lambda item: item[0]):
+            members = list(group)
+            if joined and join:
+                calls += join([task for _, task, _ in members])
+            else:
+                calls += [partial(_timed, task.kind, run) for _, task, run in members]
+        return calls
 
     @property
     def overlaps(self) -> bool:
@@ -137,13 +165,8 @@ class Schedule:
         The first exception of a task ends the run after the task that the other lane is in, and is raised here.
         """
         if self._engine is None:
-            now = time.perf_counter()
-            for kind, runs in self._groups:
-                start = now
-                for run in runs:
-                    run()
-                now = time.perf_counter()
-                ms[kind] = ms.get(kind, 0.0) + (now - start) * 1e3
+            for call in self._calls:
+                call(ms)
             return
         self._ended[:] = 0, 0
         self._failed = None

@@ -124,6 +124,7 @@ typedef struct {
     uint16_t *base;
     int64_t row_stride, col_stride;
     int32_t broadcast;
+    anert_surface *surface; /* whose seed advances; NULL: nobody's */
 } anert_placement;
 typedef struct {
     double lr, beta1, beta2, eps, weight_decay; /* double: 1 - 0.999f is off by 1e-5 */
@@ -159,6 +160,10 @@ anert_status anert_params_sync(anert_pool *pool, const anert_param *params, int6
 /* Sum of squares in float64 by fixed chunks, thread-count independent; *finite is 0 if any value is inf or NaN. */
 anert_status anert_sum_squares(anert_pool *pool, const float *x, size_t n, double *out, int32_t *finite,
                                anert_error *err);
+/* Sum of squares of the gradients of n Params, in their order. squares[i] is that of one, where it is known: finite; each is NaN
+ * afterwards. *total is inf or NaN if a gradient holds one. */
+anert_status anert_grad_squares(anert_pool *pool, const anert_param *params, int64_t n, double *squares, double *total,
+                                anert_error *err);
 /* Largest magnitude of an fp16 array (inf counts, NaN does not) and whether all are finite. */
 anert_status anert_f16_amax(anert_pool *pool, const uint16_t *x, size_t n, float *amax, int32_t *finite,
                             anert_error *err);
@@ -168,6 +173,18 @@ anert_status anert_rowsum(anert_pool *pool, float alpha, const uint16_t *tap, in
                           int64_t cot_stride, int64_t c, int64_t n, float *dw, anert_error *err);
 anert_status anert_accumulate(anert_pool *pool, float alpha, const uint16_t *cot, int64_t row_stride,
                               int64_t col_stride, int64_t rows, int64_t cols, float *dw, anert_error *err);
+/* A weight's gradient as a record, made by the call of its kind: dw (m, n) out of k positions. Gemm: a (m, k), b (k, n), *squares
+ * as written (NULL: nobody asks). Rowsum: tap a (NULL: ones) and cot b, (m, k), n is 1. Add: cot b (m, n). Where `first` and
+ * the step is fresh, dw is set, whatever it held; else it is added to. */
+enum { ANERT_GRAD_GEMM = 0, ANERT_GRAD_ROWSUM = 1, ANERT_GRAD_ADD = 2 };
+typedef struct {
+    int32_t kind, precision, first;
+    int64_t m, n, k;
+    anert_matrix a, b;
+    float *dw;
+    double *squares;
+} anert_gradient;
+anert_status anert_gradient_run(anert_pool *pool, const anert_gradient *gradient, float alpha, int32_t fresh, anert_error *err);
 
 /* ---- Head: embedding, final norm, classifier, cross-entropy and their backward, outside MIL ----
  * x is (dim, n) fp16 with row stride x_stride: column t is position t. Token ids are int32 in [0, vocab). */
@@ -299,13 +316,16 @@ void anert_plan_free(anert_plan *plan); /* NULL is fine */
  * beyond the pool's scratch, which grows once. Re-entrant for different bases and arenas. */
 anert_status anert_plan_run(const anert_plan *plan, anert_pool *pool, void *const *bases, int32_t n_bases, void *arena,
                             anert_error *err);
-/* Plans that follow each other, in one call: plan by plan on its bases, all in the same arena. */
+/* What follows each other, in one call: plans, each on its bases and all in the same arena, and gradients. */
 typedef struct {
-    const anert_plan *plan;
+    const anert_plan *plan; /* NULL: a gradient */
     void *const *bases;
-    int32_t n_bases;
+    int32_t n_bases, part;
+    const anert_gradient *gradient;
 } anert_link;
-anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_pool *pool, void *arena, anert_error *err);
+/* alpha and fresh: of the gradients. ms: NULL, or ms[part] gains the time that the links of that part took. */
+anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_pool *pool, void *arena, float alpha, int32_t fresh,
+                             double *ms, anert_error *err);
 /* Columns [from, from + count) of src (rows, src_cols) fp16 become columns [to, to + count) of dst (rows, dst_cols), for each of
  * n: new keys and values into their cache, rotations out of their table. Strides of rows are in elements. pool: NULL, or whose
  * threads share the rows. */

@@ -1,13 +1,31 @@
-/* chain.c: what one decoded token needs of the core beside plans: many of them in one call, their columns put away, and all of it. */
+/* chain.c: what follows each other in one call: plans and gradients of a step; and all that new positions of a decoder take. */
+#include <time.h>
+
 #include "internal.h"
 
-anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_pool *pool, void *arena, anert_error *err) {
+static double now_ms(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
+}
+
+anert_status anert_chain_run(const anert_link *links, int32_t n_links, anert_pool *pool, void *arena, float alpha, int32_t fresh,
+                             double *ms, anert_error *err) {
     anert_status status = ANERT_OK;
     if (n_links < 0 || (n_links > 0 && links == NULL))
         return anert_fail(err, ANERT_EINVAL, "chain: %d links at %p", n_links, (const void *)links);
     anert_pool_enter(pool);
-    for (int32_t i = 0; i < n_links && status == ANERT_OK; i++)
-        status = anert_plan_run(links[i].plan, pool, links[i].bases, links[i].n_bases, arena, err);
+    double start = ms != NULL ? now_ms() : 0.0;
+    for (int32_t i = 0; i < n_links && status == ANERT_OK; i++) {
+        const anert_link *link = &links[i];
+        status = link->plan != NULL ? anert_plan_run(link->plan, pool, link->bases, link->n_bases, arena, err)
+                                    : anert_gradient_run(pool, link->gradient, alpha, fresh, err);
+        if (ms != NULL && (i + 1 == n_links || links[i + 1].part != link->part)) {
+            double end = now_ms();
+            ms[link->part] += end - start;
+            start = end;
+        }
+    }
     anert_pool_leave(pool);
     return status;
 }
@@ -67,7 +85,7 @@ anert_status anert_positions_run(const anert_positions *p, void *arena, int64_t 
     if (!status)
         status = anert_columns_move(p->pool, p->before, p->n_before, at, 0, count, err);
     if (!status)
-        status = anert_chain_run(p->links, p->n_links, p->pool, arena, err);
+        status = anert_chain_run(p->links, p->n_links, p->pool, arena, 0.0f, 0, NULL, err);
     if (!status)
         status = anert_columns_move(p->pool, p->after, p->n_after, 0, at, count, err);
     for (int32_t i = 0; !status && i < p->n_touched; i++)

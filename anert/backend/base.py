@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from anert.backend.gradient import WeightGradient
 from anert.capabilities import Capabilities
 from anert.errors import CompileError, ShapeError, StateError, UnsupportedError
 from anert.mil.graph import Function, TensorType
@@ -75,14 +76,27 @@ Positions = Callable[[int, int, Any], None]
 
 
 class Chain(Binding):
-    """Bindings that run one after another."""
+    """Bindings, and gradients of weights, that run one after another. kinds: the part of a step that the time of each
+    counts for."""
 
-    def __init__(self, bindings: Sequence[Binding]) -> None:
-        self.bindings = tuple(bindings)
+    def __init__(self, members: Sequence[Binding | WeightGradient], kinds: Sequence[str] = ()) -> None:
+        self.members, self.kinds = tuple(members), tuple(kinds) or ("",) * len(members)
 
     def run(self) -> None:
-        for binding in self.bindings:
-            binding.run()
+        self.advance(1.0, False, {})
+
+    def advance(self, alpha: float, fresh: bool, ms: dict[str, float]) -> None:
+        """A part of a training step: `alpha` and `fresh` are what gradients are given; `ms` gains the time of each
+        kind."""
+        now = time.perf_counter()
+        for kind, member in zip(self.kinds, self.members, strict=True):
+            start = now
+            if isinstance(member, Binding):
+                member.run()
+            else:
+                member.run(alpha, fresh)
+            now = time.perf_counter()
+            ms[kind] = ms.get(kind, 0.0) + (now - start) * 1e3
 
     def positions(self, args: Any) -> Positions | None:
         """What runs anert_positions_run on `args`, an anert_positions whose blocks this is: all that new positions
@@ -187,9 +201,9 @@ class Backend(abc.ABC):
         found = ", ".join(sorted(set(encodings.values())))
         raise UnsupportedError(f"backend {self.name!r} takes fp16 weights: {found} weights are for backend 'cpu'")
 
-    def chain(self, bindings: Sequence[Binding]) -> Chain:
-        """Bindings of this backend as one, run in order."""
-        return Chain(bindings)
+    def chain(self, members: Sequence[Binding | WeightGradient], kinds: Sequence[str] = ()) -> Chain:
+        """Bindings of this backend, and gradients, as one, run in order: see Chain."""
+        return Chain(members, kinds)
 
     @abc.abstractmethod
     def surface(self, nbytes: int) -> Surface:

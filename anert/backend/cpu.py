@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from anert.backend.base import Backend, Binding, Chain, Port, Positions, Program, program_key
+from anert.backend.gradient import WeightGradient
 from anert.backend.plan import Plan, PlanCache, code_identity
 from anert.capabilities import CPU, Capabilities
 from anert.errors import AnertError, CompileError, InputError, StateError
@@ -89,22 +90,33 @@ class CpuBinding(Binding):
 
 
 class CpuChain(Chain):
-    """CpuBindings of one backend, run by one C call."""
+    """CpuBindings of one backend, and gradients, run by one C call."""
 
-    def __init__(self, bindings: Sequence[Binding], pool: Pool, slot: RunSlot) -> None:
-        super().__init__(bindings)
+    def __init__(self, members: Sequence[CpuBinding | WeightGradient], kinds: Sequence[str], pool: Pool,
+                 slot: RunSlot) -> None:  # fmt: skip
+        super().__init__(members, kinds)
         native = load()
         self._lib, self._slot, self._busy, self._err = native.lib, slot, threading.Lock(), error()
-        members = [b for b in self.bindings if isinstance(b, CpuBinding)]
-        assert len(members) == len(self.bindings)
-        links = native.ffi.new("anert_link[]", [(b.args[0], b.args[2], b.args[3]) for b in members])
+        self._parts = tuple(dict.fromkeys(self.kinds))
+        self._ms = native.ffi.new("double[]", max(1, len(self._parts)))
+        links = native.ffi.new("anert_link[]", len(members))
+        for link, member, kind in zip(links, members, self.kinds, strict=True):
+            link.part = self._parts.index(kind)
+            if isinstance(member, CpuBinding):
+                link.plan, _, link.bases, link.n_bases = member.args
+            else:
+                link.gradient = member.native
         self._args = (links, len(links), pool.ptr)
-        reads = {f"{name} of {i}": s for i, b in enumerate(members) for name, s in b.reads.items()}
-        writes = {f"{name} of {i}": s for i, b in enumerate(members) for name, s in b.writes.items()}
+        bindings = [m for m in members if isinstance(m, CpuBinding)]
+        reads = {f"{name} of {i}": s for i, b in enumerate(bindings) for name, s in b.reads.items()}
+        writes = {f"{name} of {i}": s for i, b in enumerate(bindings) for name, s in b.writes.items()}
         self._hold = Hold(reads, writes)
 
-    def run(self) -> None:
-        self._call(self._lib.anert_chain_run, self._args, ())
+    def advance(self, alpha: float, fresh: bool, ms: dict[str, float]) -> None:
+        self._call(self._lib.anert_chain_run, self._args, (alpha, fresh, self._ms))
+        for i, kind in enumerate(self._parts):
+            ms[kind] = ms.get(kind, 0.0) + self._ms[i]
+            self._ms[i] = 0.0
 
     def positions(self, args: Any) -> Positions:
         args.links, args.n_links, args.pool = self._args
@@ -218,8 +230,11 @@ class CpuBackend(Backend):
 
         return CpuProgram(plan_function(function, self.precision, self.fuse, encodings or {}), self.pool, self.slot)
 
-    def chain(self, bindings: Sequence[Binding]) -> Chain:
-        return CpuChain(bindings, self.pool, self.slot)
+    def chain(self, members: Sequence[Binding | WeightGradient], kinds: Sequence[str] = ()) -> Chain:
+        native = [m for m in members if isinstance(m, (CpuBinding, WeightGradient))]
+        if len(native) < len(members):  # weights that are baked
+            return Chain(members, kinds)
+        return CpuChain(native, kinds, self.pool, self.slot)
 
     def surface(self, nbytes: int) -> Surface:
         return Surface(self.heap, max(nbytes, 1))
