@@ -1,6 +1,7 @@
 """What the dashboard shows: a Board folds events into figures, and lays them out as lines for a terminal of any size.
 
-Pure but for the clock: no terminal and no rich here. `update` is O(1); `frame` runs in the drawing thread.
+Pure but for the clock: no terminal and no rich here. `update` puts steps aside, and who looks at the board folds them in:
+`snapshot` and `frame` run in the drawing thread.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from anert.report import PARTS, SOMETIMES, clock, count, flops, log_line, progre
 PART_STYLES = dict.fromkeys(PARTS, "engine") | {"optimizer": "weights", "sync": "weights"}
 PART_STYLES |= {"data": "rest", "dashboard": "rest", "other": "rest"}
 GAP = 3
+PUT_ASIDE = 4096
+"""Steps, while nobody looks."""
 NOT_NARROW = re.compile(
     "[\u0300-\u036f\u0483-\u0489\u0590-\u1fff\u200b-\u200f\u20d0-\u20ff\u231a-\u24ff\u2600-\u27ff\u2900-\U0010ffff]"
 )
@@ -68,19 +71,28 @@ class Board:
         self._log: deque[tuple[str, str, str]] = deque(maxlen=64)
         self._points: deque[tuple[float, float]] = deque(maxlen=256)
         self._asked = ""
+        self._steps: deque[ev.StepDone] = deque()
 
     def ask(self, text: str) -> None:
         """Show that a stop was asked for. No lock: a signal handler calls it, perhaps inside update."""
         self._asked = text
 
     def update(self, event: ev.Event) -> None:
-        """Fold one event in."""
+        """Take an event in."""
+        if isinstance(event, ev.StepDone):
+            self._steps.append(event)
+            self._state.seen_s = time.monotonic()
+            if len(self._steps) < PUT_ASIDE:
+                return
         with self._lock:
-            self._fold(event)
+            self._catch_up()
+            if not isinstance(event, ev.StepDone):
+                self._fold(event)
 
     def snapshot(self) -> State:
         """A copy that no event changes."""
         with self._lock:
+            self._catch_up()
             s = self._state
             series = {name: getattr(s, name).copy() for name in ("raw", "smooth", "lr", "norm", "scale", "speed")}
             means = {name: mean.value for name, mean in self._means.items()}
@@ -90,11 +102,14 @@ class Board:
                 busy=s.busy, asked=self._asked, seen_s=s.seen_s,
             )  # fmt: skip
 
+    def _catch_up(self) -> None:
+        """Fold in the steps that were put aside."""
+        while self._steps:
+            self._step(self._steps.popleft())
+
     def _fold(self, event: ev.Event) -> None:
         s = self._state
         match event:
-            case ev.StepDone():
-                self._step(event)
             case ev.RunStarted():
                 s.start, s.seen_s = event, time.monotonic()
             case ev.Progress():
@@ -116,7 +131,7 @@ class Board:
 
     def _step(self, event: ev.StepDone) -> None:
         s = self._state
-        s.step, s.busy, s.seen_s = event, "", time.monotonic()
+        s.step, s.busy = event, ""
         s.skipped += event.skipped
         s.clamped += event.clamped
         if math.isfinite(event.loss):
@@ -380,7 +395,7 @@ def clean(text: str) -> str:
 
 def cell_len(text: str) -> int:
     """Cells that a terminal gives to `text`."""
-    if NOT_NARROW.search(text) is None:
+    if text.isascii() or NOT_NARROW.search(text) is None:
         return len(text)
     return sum(_char_cells(c) for c in text)
 

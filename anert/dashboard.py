@@ -62,7 +62,8 @@ class Dashboard:
         self._quit = threading.Event()
         self._cpu_s = 0.0
         self._told_s = 0.0
-        self._shown: list[str] = []
+        self._shown: list[Line] = []
+        self._codes: dict[str, tuple[str, str]] = {}
         self._painted = ((0, 0), 0.0)
         self._closed = False
 
@@ -154,9 +155,13 @@ class Dashboard:
         now = time.monotonic()
         if (width, height) != size or now - painted_s > REPAINT_S:
             self._shown, self._painted = [], ((size.width, size.height), now)
-        lines = [self._ansi(line, size.width) for line in frame(self.board.snapshot(), size.width, size.height)]
-        shown = self._shown or [""] * len(lines)
-        moved = [f"\x1b[{i + 1};1H{new}" for i, (new, old) in enumerate(zip(lines, shown, strict=True)) if new != old]
+        lines = frame(self.board.snapshot(), size.width, size.height)
+        shown: list[Line | None] = [*self._shown] or [None] * len(lines)
+        moved = [
+            f"\x1b[{i + 1};1H{self._ansi(new, size.width)}"
+            for i, (new, old) in enumerate(zip(lines, shown, strict=True))
+            if new != old
+        ]
         if moved:
             self._stream.write("\x1b[?2026h" + "".join(moved) + "\x1b[?2026l")
             self._stream.flush()
@@ -170,11 +175,15 @@ class Dashboard:
         return text + " " * (width - sum(cell_len(part) for part, _ in line))
 
     def _paint(self, text: str, style: str) -> str:
-        from rich.style import Style
-
         if not style or self.console.no_color:
             return text
-        return Style.parse(STYLES[style]).render(text, color_system=self.console._color_system)
+        if style not in self._codes:
+            from rich.style import Style
+
+            on, off = Style.parse(STYLES[style]).render("|", color_system=self.console._color_system).split("|")
+            self._codes[style] = on, off
+        on, off = self._codes[style]
+        return f"{on}{text}{off}"
 
     # ---- the end ----
 

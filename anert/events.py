@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,7 @@ class Event:
     """Base of all events; `as_dict` is the JSONL form, with the class name under `event`."""
 
     def as_dict(self) -> dict[str, Any]:
-        return {"event": type(self).__name__, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+        return {"event": type(self).__name__, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
 
 
 @dataclass(frozen=True, slots=True)
