@@ -1,6 +1,6 @@
 """What the dashboard shows: a Board folds events into figures, and lays them out as lines for a terminal of any size.
 
-Pure but for the clock: no terminal and no rich here. `update` puts steps aside, and who looks at the board folds them in:
+Pure but for the clock: no terminal and no rich here. `update` puts steps aside; who looks at the board folds them in.
 `snapshot` and `frame` run in the drawing thread.
 """
 
