@@ -476,6 +476,23 @@ def test_an_interruption_is_shown_at_once_and_the_terminal_given_back(capfd: pyt
     assert capfd.readouterr().err == "anert: stopping\n"
 
 
+@pytest.mark.parametrize("steps", [3, 9000])
+def test_a_board_that_nobody_looks_at_shows_what_one_would_that_is_watched(steps: int) -> None:
+    """And puts no more than so many steps aside."""
+    from anert.board import PUT_ASIDE
+
+    watched, alone = Board(), Board()
+    for event in (fake_run.started(), *(fake_run.step(n, 10**6, loss=5 + math.sin(n)) for n in range(1, steps + 1))):
+        watched.update(event)
+        watched.snapshot()
+        alone.update(event)
+        assert len(alone._steps) < PUT_ASIDE
+    a, b = watched.snapshot(), alone.snapshot()
+    assert (a.step, a.loss, a.ms, a.skipped, a.clamped) == (b.step, b.loss, b.ms, b.skipped, b.clamped)
+    for name in ("raw", "smooth", "lr", "norm", "scale", "speed"):
+        assert (getattr(a, name).x, getattr(a, name).y) == (getattr(b, name).x, getattr(b, name).y)
+
+
 @pytest.mark.parametrize("size", [(80, 24), (140, 40)])
 def test_a_weight_sync_that_the_optimizer_does_is_said_to_be_there(size: tuple[int, int]) -> None:
     done = fake_run.step(1)

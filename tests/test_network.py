@@ -96,6 +96,42 @@ def test_threads_do_not_change_a_bit(stories):
         assert np.array_equal(a[1][name], b[1][name]), name
 
 
+class Apart(Network):
+    """Every program and gradient by a call of its own."""
+
+    def _schedule(self, tasks):
+        from anert.schedule import Schedule
+
+        return Schedule(tasks)
+
+
+@pytest.mark.parametrize("over", [{}, {"n_kv_heads": 4}])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_step_in_few_calls_has_the_bits_of_its_parts(stories, monkeypatch, backend, over):
+    """Joined, joined into calls of one program each, and by the tasks themselves; parts are timed alike. Gradients of
+    what only rows are summed for are set, not added to what lay there."""
+    model, found = model_of(stories, **over), []
+    for kind, most in ((Network, 10**12), (Network, 1), (Apart, 0)):
+        monkeypatch.setattr("anert.network.CHAIN_FLOPS", most)
+        rt = Runtime(backend, precision="fp32", threads=1)
+        store = ParamStore(rt.heap, rt.pool, model.specs(), True)
+        store.initialise(5)
+        net = kind(rt, model, store, model.config.seq_len, 1, True)
+        store.sync()
+        for p in store.values():
+            p.grad.fill(7.0)
+        gradients(net)
+        loss, grads = gradients(net, seed=1)
+        squares = [p.squares for p in store.values()]
+        found.append((loss, {name: g.tobytes() for name, g in grads.items()}, set(net.ms), str(squares)))
+        found[-1] += (len(net._training._calls),)
+    joined, single, apart = found
+    assert joined[:4] == single[:4] == apart[:4]
+    assert joined[4] == 5  # embedding, forward, head, backward, embedding
+    assert joined[4] < single[4] <= apart[4]
+    assert joined[2] == {"head", "forward", "backward", "weight_grads"}
+
+
 def test_gradients_do_not_depend_on_the_loss_scale_beyond_rounding(stories):
     model = model_of(stories)
     a, b = gradients(network(model), 1.0 * 2**8), gradients(network(model), 2.0**12)

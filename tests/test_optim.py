@@ -350,6 +350,117 @@ def test_large_accumulate(transposed):
     np.testing.assert_array_equal(dw, 2 * cot.astype(np.float32))
 
 
+F32, F16 = native.lib.ANERT_F32, native.lib.ANERT_F16
+
+
+def matrix_of(array, transposed=False):
+    """An anert_matrix of a 2-d fp16 view, or of its transpose."""
+    strides = [s // 2 for s in array.strides]
+    return (pointer(array, "void *"), F16, *(strides[::-1] if transposed else strides), 0)
+
+
+@given(
+    st.sampled_from(["gemm", "rowsum", "ones", "add"]), st.integers(1, 70), st.integers(1, 70), st.integers(1, 40),
+    st.booleans(), st.booleans(), st.sampled_from(ISAS),
+)  # fmt: skip
+@settings(max_examples=120, deadline=None)
+def test_a_gradient_is_the_call_of_its_kind(kind, rows, cols, k, first, fresh, isa):
+    """Its bits are those of the call by itself; it sets dw where it is the first of a fresh step, else it adds."""
+    lib, alpha = native.lib, np.float32(0.37)
+    tap, cot = half_view(1, rows, k, k + 3), half_view(2, cols if kind == "gemm" else rows, k, k + 1)
+    if kind == "add":
+        cot = half_view(2, rows, cols, cols + 1)
+    shape = (rows, 1) if kind in ("rowsum", "ones") else (rows, cols)
+    dw = randn(3, *shape)
+    want = np.zeros_like(dw) if first and fresh else dw.copy()
+    squares = native.ffi.new("double[2]", [-1.0, -1.0])
+    record = {"first": first, "m": shape[0], "n": shape[1], "k": k, "dw": floats(dw), "precision": F32}
+    if kind == "gemm":
+        a, b = matrix_of(tap), matrix_of(cot, transposed=True)
+        beta = 0.0 if first and fresh else 1.0
+        arguments = F32, rows, cols, k, alpha, a, b, beta, floats(want), squares
+        native.call(lib.anert_gemm_grad, pool(isa).ptr, *arguments)
+        record |= {"kind": lib.ANERT_GRAD_GEMM, "a": a, "b": b, "squares": squares + 1}
+    elif kind == "add":
+        strides = [s // 2 for s in cot.strides]
+        arguments = alpha, pointer(cot, "uint16_t *"), *strides, rows, cols, floats(want)
+        native.call(lib.anert_accumulate, pool(isa).ptr, *arguments)
+        record |= {"kind": lib.ANERT_GRAD_ADD, "b": matrix_of(cot)}
+    else:
+        taps = pointer(tap, "uint16_t *") if kind == "rowsum" else native.ffi.NULL
+        arguments = alpha, taps, k + 3, pointer(cot, "uint16_t *"), k + 1, rows, k, floats(want)
+        native.call(lib.anert_rowsum, pool(isa).ptr, *arguments)
+        record |= {"kind": lib.ANERT_GRAD_ROWSUM, "b": matrix_of(cot)}
+        record |= {"a": matrix_of(tap)} if kind == "rowsum" else {}
+    made = native.ffi.new("anert_gradient *", record)
+    native.call(lib.anert_gradient_run, pool(isa).ptr, made, alpha, fresh)
+    assert dw.tobytes() == want.tobytes()
+    assert squares[1] == squares[0]
+    if kind == "gemm":  # nobody needs to ask for the squares
+        made.squares = native.ffi.NULL
+        native.call(lib.anert_gradient_run, pool(isa).ptr, made, alpha, 0)
+
+
+def test_no_gradient_is_of_an_unknown_kind():
+    for record in (native.ffi.NULL, native.ffi.new("anert_gradient *", {"kind": 3})):
+        with pytest.raises(InputError, match="no gradient of kind"):
+            native.call(native.lib.anert_gradient_run, pool(ISAS[0]).ptr, record, 1.0, 0)
+    missing = native.ffi.new("anert_gradient *", {"kind": 2, "first": 1, "m": 2, "n": 2})
+    with pytest.raises(InputError, match="dw is NULL"):
+        native.call(native.lib.anert_gradient_run, pool(ISAS[0]).ptr, missing, 1.0, 1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40), st.booleans()), max_size=6), st.sampled_from(ISAS))
+@settings(max_examples=40, deadline=None)
+def test_squares_of_gradients_are_read_where_they_are_not_known(shapes, isa):
+    """A known one is believed, a NaN or inf looked into; all are unknown afterwards, since gradients change."""
+    ffi = native.ffi
+    grads = [randn(i, rows, cols) for i, (rows, cols, _) in enumerate(shapes)]
+    known = np.array([float(i + 1) if k else (np.nan, np.inf)[i % 2] for i, (*_, k) in enumerate(shapes)])
+    records = [{"grad": floats(g), "rows": g.shape[0], "cols": g.shape[1]} for g in grads]
+    total, table = ffi.new("double *"), ffi.new("anert_param[]", records or 1)
+    want = 0.0
+    for i, (grad, (*_, believed)) in enumerate(zip(grads, shapes, strict=True)):
+        want += known[i] if believed else sum_squares(pool(isa), grad.reshape(-1))[0]
+    native.call(
+        native.lib.anert_grad_squares, pool(isa).ptr, table, len(grads), ffi.from_buffer("double[]", known), total
+    )
+    assert total[0] == want
+    assert np.isnan(known).all()
+
+
+def test_squares_of_gradients_tell_what_is_not_finite_and_what_is_missing():
+    ffi, lib = native.ffi, native.lib
+    grad = randn(0, 3, 5)
+    grad[2, 4] = np.inf
+    table = ffi.new("anert_param[]", [{"grad": floats(grad), "rows": 3, "cols": 5}])
+    squares, total = ffi.new("double[]", [np.nan]), ffi.new("double *")
+    native.call(lib.anert_grad_squares, ffi.NULL, table, 1, squares, total)
+    assert not np.isfinite(total[0])
+    for arguments, message in (
+        ((table, 1, squares, ffi.NULL), "total is NULL"),
+        ((ffi.NULL, 1, squares, total), "params is NULL"),
+        ((table, 1, ffi.NULL, total), "squares is NULL"),
+        ((table, -1, squares, total), "squares of -1 gradients"),
+        ((ffi.new("anert_param[]", [{"rows": 3, "cols": 5}]), 1, squares, total), "x is NULL"),
+    ):
+        with pytest.raises(InputError, match=message):
+            native.call(lib.anert_grad_squares, ffi.NULL, *arguments)
+
+
+def test_a_pass_advances_the_seeds_of_the_surfaces_that_it_writes():
+    from anert.surface import Heap, Surface
+
+    surface, other, lib = Surface(Heap(), 256), Surface(Heap(), 256), native.lib
+    x = randn(0, 4, 6)
+    half = native.ffi.cast("uint16_t *", surface.ptr)
+    where = native.ffi.new("anert_placement[]", [(half, 6, 1, 1, surface.handle)])
+    before = surface.seed
+    native.call(lib.anert_param_sync, pool(ISAS[0]).ptr, floats(x), 4, 6, where, 1, native.ffi.NULL)
+    assert surface.seed == before + 1 and other.seed == before
+    np.testing.assert_array_equal(surface.array(np.float16, (4, 6)), x.astype(np.float16))
+
+
 # ---- Bad arguments ----
 
 F = native.ffi
