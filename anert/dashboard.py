@@ -41,7 +41,9 @@ INTERVAL_S = 0.25
 SHARE = 0.0025
 """Of one core, that drawing may take: a slow terminal or a big frame is drawn less often."""
 LONGEST_S = 4.0
-"""Between frames, whatever they cost: a view that stands still looks dead."""
+"""Between frames that keep the share: a view that stands still looks dead."""
+MOST = 0.008
+"""Of one core, whatever a frame costs."""
 REPAINT_S = 5.0
 """Whatever else wrote over the screen is painted over after this long."""
 
@@ -146,7 +148,7 @@ class Dashboard:
                 return
             cost = time.thread_time() - start
             self._cpu_s += cost
-            pause = min(max(INTERVAL_S, cost / SHARE), LONGEST_S)
+            pause = max(INTERVAL_S, min(cost / SHARE, LONGEST_S), cost / MOST)
 
     def _draw(self) -> None:
         """Write the lines that differ from what the terminal shows, in one synchronized update."""
