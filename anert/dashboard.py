@@ -42,7 +42,7 @@ SHARE = 0.0025
 """Of one core, that drawing may take: a slow terminal or a big frame is drawn less often."""
 LONGEST_S = 4.0
 """Between frames that keep the share: a view that stands still looks dead."""
-MOST = 0.008
+MOST = 0.005
 """Of one core, whatever a frame costs."""
 REPAINT_S = 5.0
 """Whatever else wrote over the screen is painted over after this long."""
@@ -64,7 +64,7 @@ class Dashboard:
         self._quit = threading.Event()
         self._cpu_s = 0.0
         self._told_s = 0.0
-        self._shown: list[Line] = []
+        self._shown: list[str] = []
         self._codes: dict[str, tuple[str, str]] = {}
         self._painted = ((0, 0), 0.0)
         self._closed = False
@@ -157,13 +157,9 @@ class Dashboard:
         now = time.monotonic()
         if (width, height) != size or now - painted_s > REPAINT_S:
             self._shown, self._painted = [], ((size.width, size.height), now)
-        lines = frame(self.board.snapshot(), size.width, size.height)
-        shown: list[Line | None] = [*self._shown] or [None] * len(lines)
-        moved = [
-            f"\x1b[{i + 1};1H{self._ansi(new, size.width)}"
-            for i, (new, old) in enumerate(zip(lines, shown, strict=True))
-            if new != old
-        ]
+        lines = [self._ansi(line, size.width) for line in frame(self.board.snapshot(), size.width, size.height)]
+        shown = self._shown or [""] * len(lines)
+        moved = [f"\x1b[{i + 1};1H{new}" for i, (new, old) in enumerate(zip(lines, shown, strict=True)) if new != old]
         if moved:
             self._stream.write("\x1b[?2026h" + "".join(moved) + "\x1b[?2026l")
             self._stream.flush()

@@ -326,11 +326,11 @@ def _finite(value: Any) -> Any:
 class EventLog:
     """Appends each event to a JSONL file, with the time; without a path, to events.jsonl in the run's directory.
 
-    Steps are written together, every two seconds: just after a step the caches hold its tensors, so that a line by
+    Steps are written together, every four seconds: just after a step the caches hold its tensors, so that a line by
     itself takes many times as long. Whatever is no step is written at once, behind the steps before it.
     """
 
-    EVERY_S = 2.0
+    EVERY_S = 4.0
 
     def __init__(self, path: Path | None) -> None:
         self.path = path

@@ -91,14 +91,14 @@ def test_history_is_bounded_and_keeps_the_mean(values: list[float], capacity: in
     kept = len(h.y) * h.stride
     if h.y:
         assert sum(h.y) / len(h.y) == pytest.approx(sum(values[:kept]) / kept, rel=1e-9, abs=1e-6)
-    assert h.x == sorted(h.x) and len(values) - kept < 2 * h.stride
+    assert list(h.x) == sorted(h.x) and len(values) - kept < 2 * h.stride
 
 
 def test_history_leaves_out_what_is_not_finite() -> None:
     h = plot.History()
     for v in (1.0, math.nan, math.inf, 2.0):
         h.add(0, v)
-    assert h.y == [1.0, 2.0]
+    assert list(h.y) == [1.0, 2.0]
 
 
 def test_ema_is_unbiased_from_its_first_value() -> None:
