@@ -42,7 +42,7 @@ SHARE = 0.0025
 """Of one core, that drawing may take: a slow terminal or a big frame is drawn less often."""
 LONGEST_S = 4.0
 """Between frames that keep the share: a view that stands still looks dead."""
-MOST = 0.005
+MOST = 0.004
 """Of one core, whatever a frame costs."""
 REPAINT_S = 5.0
 """Whatever else wrote over the screen is painted over after this long."""
