@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from anert import ffi
-from anert.errors import InputError, StateError
+from anert.errors import InputError, PluginError, StateError
 from anert.ffi import call
 from anert.param import Param, ParamStore
 from anert.surface import locked
@@ -29,7 +30,11 @@ def warmup_cosine(lr: float, min_lr: float, warmup: int, steps: int) -> Schedule
 
 
 class Optimizer:
-    """Base: `step` updates every Param of a store; subclasses say how some of them are."""
+    """Base: `step` updates every Param of a store; subclasses say in `update` how some of them are.
+
+    `args`: `lr`, `grad_scale`, `beta1`, `beta2`, `eps`, `weight_decay`, and `bias1`, `bias2` (1 - beta^t) of the step
+    that has begun; `t`: its number, 1 at first.
+    """
 
     name = ""
 
@@ -37,6 +42,10 @@ class Optimizer:
         for label, beta in (("beta1", beta1), ("beta2", beta2)):
             if not 0.0 <= beta < 1.0:
                 raise InputError(f"{label} must be in [0, 1), got {beta}")
+        if type(self).update is Optimizer.update:
+            raise PluginError(
+                f"optimizer {type(self).__name__} has no update(params), by which weights change: write one"
+            )
         if store.table is None:
             raise StateError("an optimizer updates the Params of a store that is made to train: pass train=True")
         self.store, self.t, self.clamped = store, 0, 0
@@ -79,15 +88,21 @@ class Optimizer:
         self.clamped += self._clamped[0]
 
     def update(self, params: Sequence[Param]) -> None:
+        """Change masters (`p.master`, by `p.grad` times `args.grad_scale`, with `p.m` and `p.v` as moments) and write
+        their copies: what a subclass says. One in Python ends with `write_copies(params)`."""
         raise NotImplementedError
 
-    def _run(self, native: Callable[..., int], params: Sequence[Param]) -> None:
+    def write_copies(self, params: Sequence[Param]) -> None:
+        """Write the masters of some Params to every fp16 copy that programs read."""
+        self._run(ffi.lib.anert_params_sync, params)
+
+    def _run(self, native: Callable[..., int], params: Sequence[Param], *settings: Any) -> None:
         table = self.store.table
         if params is not self._all:
             table = self._table
             for i, p in enumerate(params):
                 table[i] = p.record[0]
-        call(native, self.store.pool.ptr, table, len(params), self.args[0], self._clamped, err=self._err)
+        call(native, self.store.pool.ptr, table, len(params), *settings, self._clamped, err=self._err)
 
 
 class AdamW(Optimizer):
@@ -96,7 +111,7 @@ class AdamW(Optimizer):
     name = "adamw"
 
     def update(self, params: Sequence[Param]) -> None:
-        self._run(ffi.lib.anert_adamw, params)
+        self._run(ffi.lib.anert_adamw, params, self.args[0])
 
 
 class Lion(Optimizer):
@@ -105,7 +120,7 @@ class Lion(Optimizer):
     name = "lion"
 
     def update(self, params: Sequence[Param]) -> None:
-        self._run(ffi.lib.anert_lion, params)
+        self._run(ffi.lib.anert_lion, params, self.args[0])
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {c.name: c for c in (AdamW, Lion)}

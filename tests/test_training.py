@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small_run
 
 from anert.data import TokenDataset
-from anert.events import RunDone, RunStarted
+from anert.events import RunDone, RunStarted, StepDone
 from anert.optim import warmup_cosine
 from anert.plugin import load
 from anert.train import Trainer, TrainOptions
@@ -155,3 +156,79 @@ def test_the_first_run_ends_in_a_story(tmp_path: Path) -> None:
 
 if __name__ == "__main__":  # python tests/test_training.py SHARED_DATA FOLDER [STEPS]
     print(compare(Path(sys.argv[2]), Path(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else 1000, print))
+
+
+SGD = """
+from anert.optim import Optimizer
+from anert.plugin import Plugin
+from dataclasses import dataclass
+from anert import Decoder
+
+plugin = Plugin("slope", api=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    dim: int = 16
+    vocab_size: int = 300
+    seq_len: int = 32
+    n_layers: int = 0
+
+
+@plugin.model("tiny", Config())
+class Bigram(Decoder):
+    tied = False
+    final_norm = False
+
+
+@plugin.optimizer("sgd")
+class Sgd(Optimizer):
+    def update(self, params):
+        for p in params:
+            p.master -= self.args.lr * self.args.grad_scale * p.grad
+        self.write_copies(params)
+
+
+@plugin.optimizer("forgetful")
+class Forgetful(Optimizer):
+    pass
+"""
+
+
+def test_a_plugins_optimizer_trains(tmp_path: Path) -> None:
+    """Gradient descent: the loss falls, and copies and masters are those of the formula."""
+    (tmp_path / "slope.py").write_text(SGD)
+    plugin, data = load(str(tmp_path / "slope.py")), small_run.write_text(tmp_path / "text.txt")
+    options = TrainOptions(
+        steps=60, batch=2, lr=4.0, warmup=1, clip=0.0, threads=1, optimizer="sgd", data=str(data), eval_every=60,
+        eval_tokens=512, sample_every=0, save_every=0, out=str(tmp_path / "run"), precision="fp32",
+    )  # fmt: skip
+    run = Trainer(plugin, "tiny", plugin.preset("tiny").config, options, lambda: False)
+    losses: list[float] = []
+    before: dict[str, np.ndarray] = {}
+    for event in run.run():
+        if isinstance(event, StepDone):
+            if event.step == 1:
+                before = {name: p.master.copy() for name, p in run.store.items()}
+                lr = run.schedule(1)
+            if event.step == 2:
+                for name, p in run.store.items():
+                    np.testing.assert_allclose(p.master, before[name] - lr * p.grad, rtol=1e-6, atol=1e-9)
+                    for surface, slot in p.placements:
+                        copy = surface.array(np.float16, (slot.rows, slot.cols), slot.offset * 2,
+                                             (slot.row_stride * 2, slot.col_stride * 2))  # fmt: skip
+                        np.testing.assert_array_equal(copy, p.master.astype(np.float16))
+            losses.append(event.loss)
+    assert np.mean(losses[-10:]) < losses[0] - 0.5, losses
+
+
+def test_an_optimizer_that_the_plugin_does_not_have_or_that_does_nothing(tmp_path: Path) -> None:
+    (tmp_path / "slope.py").write_text(SGD)
+    data = small_run.write_text(tmp_path / "text.txt")
+    argv = [sys.executable, "-m", "anert", "run", str(tmp_path / "slope.py"), "--data", str(data), "--steps", "2"]
+    argv += ["--ui", "plain", "--out", str(tmp_path / "run")]
+    unknown = subprocess.run([*argv, "--optimizer", "adam"], capture_output=True, text=True, cwd=ROOT)
+    assert unknown.returncode == 2 and "choose adamw, lion, sgd, forgetful" in unknown.stderr
+    empty = subprocess.run([*argv, "--optimizer", "forgetful"], capture_output=True, text=True, cwd=ROOT)
+    assert empty.returncode == 2 and "Traceback" not in empty.stderr, empty.stderr
+    assert "Forgetful" in empty.stderr and "update" in empty.stderr
