@@ -7,7 +7,7 @@
 #include "internal.h"
 
 enum { STRIP = 64, AHEAD = 512, STREAMED = 1 << 18, CHUNK = 1 << 14, WIDE = 1 << 17, BLOCK = 64 };
-enum { ROW_PART = 1024, SERIAL = 1 << 15, SLOT = 4, PAD = 32, SCRATCH = WIDE + BLOCK * PAD };
+enum { ROW_PART = 1024, SLOT = 4, PAD = 32, SCRATCH = WIDE + BLOCK * PAD };
 
 /* ---- Loops ---- */
 typedef struct {
@@ -74,24 +74,7 @@ typedef struct {
     target static void lion_##isa(float *p, float *m, const float *g, size_t n, const update *u) { lion_loop(p, m, g, n, u); } \
     static const loops loops_##isa = {adamw_##isa, lion_##isa};
 
-COMPILE_LOOPS(base, ) /* SSE2, or NEON */
-#if defined(__x86_64__)
-COMPILE_LOOPS(avx2, TARGET("avx2,fma,f16c"))
-COMPILE_LOOPS(avx512, TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))
-#endif
-
-static const loops *loops_for(int32_t isa) {
-    switch (anert_isa_vectors(isa)) {
-#if defined(__x86_64__)
-    case ANERT_ISA_AVX2: return &loops_avx2;
-    case ANERT_ISA_AVX512: return &loops_avx512;
-#endif
-    default: return &loops_base;
-    }
-}
-
-/* A pool for `n` elements, or NULL where waking its threads would cost more than it saves. */
-static anert_pool *workers(anert_pool *pool, int64_t n) { return n < SERIAL ? NULL : pool; }
+#include "loops.h"
 
 /* ---- Placements ---- */
 typedef struct {

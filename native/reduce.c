@@ -7,7 +7,7 @@
 
 #include "internal.h"
 
-enum { LANES = 16, CHUNK = 1 << 14, BLOCK = 64, ROW_PART = 1024, SERIAL = 1 << 15 };
+enum { LANES = 16, CHUNK = 1 << 14, BLOCK = 64, ROW_PART = 1024 };
 
 /* ---- Loops ---- */
 #define LOOP static inline __attribute__((always_inline))
@@ -73,24 +73,7 @@ typedef struct {
     target static uint16_t amax_##isa(const uint16_t *x, size_t n) { return amax_loop(x, n); }                         \
     static const loops loops_##isa = {squares_##isa, products_##isa, sum_##isa, axpy_##isa, amax_##isa};
 
-COMPILE_LOOPS(base, ) /* SSE2, or NEON */
-#if defined(__x86_64__)
-COMPILE_LOOPS(avx2, TARGET("avx2,fma,f16c"))
-COMPILE_LOOPS(avx512, TARGET("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))
-#endif
-
-static const loops *loops_for(int32_t isa) {
-    switch (anert_isa_vectors(isa)) {
-#if defined(__x86_64__)
-    case ANERT_ISA_AVX2: return &loops_avx2;
-    case ANERT_ISA_AVX512: return &loops_avx512;
-#endif
-    default: return &loops_base;
-    }
-}
-
-/* A pool for `n` elements, or NULL where waking its threads would cost more than it saves. */
-static anert_pool *workers(anert_pool *pool, int64_t n) { return n < SERIAL ? NULL : pool; }
+#include "loops.h"
 
 /* ---- Reductions ---- */
 typedef struct {

@@ -145,10 +145,7 @@ def test_the_first_run_ends_in_a_story(tmp_path: Path) -> None:
     (corpus,) = (run / "data").glob("*.txt")
     known, words = (re.findall(r"[a-z']+", text.lower()) for text in (corpus.read_text("utf-8"), story))
     assert len(words) >= 40, story
-    pairs, seen = (
-        list(pairwise(words)),
-        set(pairwise(known)),
-    )  # 0.73 to 0.81 by seed, after 60 steps 0.29 to 0.60
+    pairs, seen = list(pairwise(words)), set(pairwise(known))  # 0.73 to 0.81 by seed, after 60 steps 0.29 to 0.60
     assert sum(pair in seen for pair in pairs) > 0.65 * len(pairs), story
     (tokens,) = (run / "data").glob("*.bin")
     assert summary["val_loss"] < TokenDataset(tokens, 128).unigram_entropy() - 1.5
